@@ -3,9 +3,9 @@
     python -m benchmarks.agreement [--rows 40] [--only lora]
 
 Same rows, order, rates, threads and first adapter, both sides in float32. Exit code 1 when a step of any
-method is further apart than MAX_GAP. Training amplifies every rounding; at a high rate so fast that after a
+method differs by more than MAX_GAP. Training amplifies every rounding; at a high rate so fast that after a
 few steps the peer does not agree with itself, started from an adapter that is off by NUDGE. Where a step is
-too far apart the peer's distance from itself is told beside it; it excuses nothing. For `adapter`, the
+too large the peer's distance from itself is reported beside it; it excuses nothing. For `adapter`, the
 `adapters` library draws its own first weights, so that only the first step's loss can be compared, which is
 the base's on both sides.
 
@@ -79,12 +79,14 @@ def main() -> None:
         for row in (ROWS[name] for name in options.only or _COMPARED):
             ours, peers, order = _losses(row, workload, scratch / row.name)
             gaps = _gaps(ours, peers)
-            print(f"{row.title}: largest {max(gaps):.1e}; {_tell(gaps)}", flush=True)
-            _tell_rounding(row, ours)
+            print(f"{row.title}: largest {max(gaps):.1e}; {_report(gaps)}", flush=True)
+            _report_rounding(row, ours)
             if max(gaps) > MAX_GAP and order.start is not None:
                 _nudge(order.start)
                 own_gaps = _gaps(run_peer(order, scratch / row.name)["losses"], peers)
-                print(f"  the peer beside itself, started off by {NUDGE:.0e}: {_tell(own_gaps)}", flush=True)
+                print(
+                    f"  the peer beside itself, started off by {NUDGE:.0e}: {_report(own_gaps)}", flush=True
+                )
             if max(gaps) > MAX_GAP:
                 too_far.append(row.name)
     if too_far:
@@ -95,7 +97,7 @@ def _gaps(losses: list[float], others: list[float]) -> list[float]:
     return [abs(one - other) / abs(other) for one, other in zip(losses, others, strict=False)]
 
 
-def _tell(gaps: list[float]) -> str:
+def _report(gaps: list[float]) -> str:
     return " ".join(f"{gap:.1e}" for gap in gaps)
 
 
@@ -137,17 +139,20 @@ def _losses(row: Row, workload: Workload, scratch: Path) -> tuple[list[float], l
     return ours, peers[:1] if row.environment == "adapters" else peers, order
 
 
-def _tell_rounding(row: Row, exact: list[float]) -> None:
+def _report_rounding(row: Row, exact: list[float]) -> None:
     """Say how far from float32 both sides' losses were in the measured pairs, where there are any."""
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else {}
     pairs = rows.get(row.name, {}).get("pairs", [])
     if not pairs or any(len(pairs[-1][who]["losses"]) != len(exact) for who in ("ours", "peer")):
         return
-    told = {
+    reported = {
         who: statistics.fmean(abs(a - b) for a, b in zip(pairs[-1][who]["losses"], exact, strict=True))
         for who in ("ours", "peer")
     }
-    print(f"  in bf16, mean distance from float32: ours {told['ours']:.3f}, peer {told['peer']:.3f} nats")
+    print(
+        f"  in bf16, mean distance from float32: ours {reported['ours']:.3f}, "
+        f"peer {reported['peer']:.3f} nats"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from luthier.core.settings import Settings
 
 _SEED = 20110101
 _NUM_WORDS = 5000
-# One row in so many repeats an earlier one.
+# One row in 100 repeats an earlier one.
 _REPEATED = 100
 PEER_SETTINGS: tuple[dict[str, Any], ...] = (
     {"batched": False, "num_proc": 1},
@@ -101,8 +101,8 @@ def _run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
         raise PeerFailedError(
             done.stderr.strip().splitlines()[-1][:300] if done.stderr.strip() else "silence"
         )
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return told
+    reported: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return reported
 
 
 def _ours(path: Path, folder: Path) -> dict[str, Any]:

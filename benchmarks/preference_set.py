@@ -1,7 +1,7 @@
 """A preference set of our own: letters to a shop, each with the house's answer and one that misreads it.
 
 Both answers have the same form. The other one has one label wrong (category, urgency or sentiment) and says
-what would follow from it, so that only who reads the letter can tell them apart. Held-out letters share no
+what would follow from it, so that only the letter decides which is right. Held-out letters share no
 sentence with those of training (examples.support).
 """
 

@@ -1,11 +1,11 @@
-"""Training on preferences: whether held-out pairs are told apart, and whether the loss is TRL's.
+"""Training on preferences: whether held-out pairs are ranked rightly, and whether the loss is TRL's.
 
     python -m benchmarks.preferences [--method lora] [--method full] [--rows 400] [--epochs 3]
     python -m benchmarks.preferences --agree [--method lora] [--method full]
 
 The first trains on our preference set (preference_set.py) and prints the reward accuracy on held-out pairs
 before and after. The second trains a few steps in float32 beside TRL's DPOTrainer, on the same pairs in the
-same order from the same weights, and ends with 1 when a loss is further apart than MAX_GAP.
+same order from the same weights, and ends with 1 when a loss differs by more than MAX_GAP.
 """
 
 import argparse
@@ -130,13 +130,13 @@ def _run(run: Path, num_threads: int) -> tuple[FinishedEvent, list[StepEvent]]:
     )
     events: list[TrainingEvent] = [parse_event(line) for line in done.stdout.splitlines()]
     if not events or not isinstance(events[-1], FinishedEvent):
-        told = events[-1].message if events and isinstance(events[-1], FailedEvent) else done.returncode
-        raise SystemExit(f"The training failed: {told}")
+        reported = events[-1].message if events and isinstance(events[-1], FailedEvent) else done.returncode
+        raise SystemExit(f"The training failed: {reported}")
     return events[-1], [event for event in events if isinstance(event, StepEvent)]
 
 
 def _agree(scratch: Path, facts: BaseFacts, folder: Path, options: argparse.Namespace) -> None:
-    """Compare every method's losses with TRL's; end with 1 when some are too far apart."""
+    """Compare every method's losses with TRL's; end with 1 when some differ by too much."""
     too_far = []
     for method in options.method or _METHODS:
         (scratch / method).mkdir()

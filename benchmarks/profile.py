@@ -70,7 +70,7 @@ def main() -> None:
         num_rows=workload.num_steps,
     )
     print(f"{workload.rows.num_tokens:,} tokens of the rows, {workload.num_computed_tokens:,} of them run")
-    tell(times, num_steps=workload.num_steps, least_seconds=flops / peak / 1e9, peak=peak)
+    report(times, num_steps=workload.num_steps, least_seconds=flops / peak / 1e9, peak=peak)
 
 
 def profile_steps(folder: Path, *, by_shape: bool) -> dict[str, tuple[float, int]]:
@@ -125,7 +125,7 @@ def profile_steps(folder: Path, *, by_shape: bool) -> dict[str, tuple[float, int
     return dict(times)
 
 
-def tell(times: dict[str, tuple[float, int]], *, num_steps: int, least_seconds: float, peak: float) -> None:
+def report(times: dict[str, tuple[float, int]], *, num_steps: int, least_seconds: float, peak: float) -> None:
     """Print operators by their own time, and the bounds."""
     halves = {name: times.pop(name)[0] for name in (_GRADIENTS, _UPDATE)}
     measured_steps = num_steps - 1

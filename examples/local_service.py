@@ -20,7 +20,7 @@ from luthier.core.runtime import die_with_parent
 
 READY_SECONDS = 180.0
 STOP_SECONDS = 20.0
-# Tells a home that may be thrown away from one that holds somebody's models.
+# Marks a home that may be deleted; others hold a user's models.
 _MARKER = "made-by-demo"
 
 

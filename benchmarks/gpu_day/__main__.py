@@ -76,9 +76,9 @@ def _run(found: dict[str, Any], options: argparse.Namespace, device: str, scratc
     def part(name: str, run: Callable[[], Any]) -> Any:
         print(f"gpu-day: {name}", file=sys.stderr, flush=True)
         begin = time.perf_counter()
-        told = run()
+        reported = run()
         found.setdefault("part_seconds", {})[name] = time.perf_counter() - begin
-        return told
+        return reported
 
     found["correctness"] = part(
         "correctness", lambda: _run_tests(options.tests, device, scratch / "tests.xml")

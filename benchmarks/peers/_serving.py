@@ -35,24 +35,24 @@ def serve(load) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def tell(content: dict) -> None:
+    def report(content: dict) -> None:
         answers.write(json.dumps(content) + "\n")
         answers.flush()
 
     try:
         begin = time.perf_counter()
         calls = load(read_order())
-        tell({"ready": True, "load_seconds": time.perf_counter() - begin, "versions": _versions()})
+        report({"ready": True, "load_seconds": time.perf_counter() - begin, "versions": _versions()})
         for line in sys.stdin:
             asked = json.loads(line)
             call = calls[asked.pop("call", "run")]
             begin = time.perf_counter()
-            told = call(**asked)
-            tell({"seconds": time.perf_counter() - begin, **told})
-    except Exception as error:  # noqa: BLE001 - whatever stops a peer is told in the table
+            reported = call(**asked)
+            report({"seconds": time.perf_counter() - begin, **reported})
+    except Exception as error:  # noqa: BLE001 - whatever stops a peer is reported in the table
         traceback.print_exc()
         words = str(error).strip().splitlines()
-        tell({"fault": f"{type(error).__name__}: {words[0] if words else 'no message'}"})
+        report({"fault": f"{type(error).__name__}: {words[0] if words else 'no message'}"})
 
 
 def _versions() -> dict[str, str]:

@@ -145,7 +145,7 @@ class Run:
             self.num_tokens += int((mask > 0).sum())
         self.num_supervised += int((batch["labels"][:, 1:] != -100).sum())
 
-    def tell(self, losses: list[float]) -> None:
+    def report(self, losses: list[float]) -> None:
         """Print the run as one JSON line."""
         on_cuda = self.order["device"] == "cuda"
         peak = torch.cuda.max_memory_allocated() if on_cuda else status_bytes("VmHWM") - self.imports_bytes
@@ -155,7 +155,7 @@ class Run:
                 versions[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 continue
-        told = {
+        reported = {
             "seconds": self.clock.end - self.clock.begin,
             "losses": losses,
             "num_tokens": self.num_tokens,
@@ -166,7 +166,7 @@ class Run:
             "imports_bytes": self.imports_bytes,
             "versions": versions,
         }
-        print(json.dumps(told), flush=True)
+        print(json.dumps(reported), flush=True)
 
 
 class Clock(TrainerCallback):

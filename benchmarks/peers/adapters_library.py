@@ -20,7 +20,7 @@ from transformers import (
 
 
 def main() -> None:
-    """Train one epoch and tell what it took."""
+    """Train one epoch and report what it took."""
     run = Run()
     order, variant = run.order, run.variant
     tuning = order["tuning"]
@@ -61,7 +61,7 @@ def main() -> None:
         trainer.train()
         if order["save_to"]:
             model.save_adapter(order["save_to"], "bench")
-    run.tell(run.clock.losses)
+    run.report(run.clock.losses)
 
 
 main()

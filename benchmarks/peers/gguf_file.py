@@ -55,14 +55,14 @@ def write_gguf(base: Path, path: Path) -> None:
     writer.add_vocab_size(config["vocab_size"])
     _add_vocabulary(writer, base, config)
     for name, values in _tensors(base):
-        told = _gguf_name(name)
-        if told is None:
+        reported = _gguf_name(name)
+        if reported is None:
             continue
         if ".q_proj." in name:
             values = _pair_rows(values, heads)  # noqa: PLW2901 - the same tensor, other order
         elif ".k_proj." in name:
             values = _pair_rows(values, kv_heads)  # noqa: PLW2901
-        _add_tensor(writer, told, values)
+        _add_tensor(writer, reported, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

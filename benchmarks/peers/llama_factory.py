@@ -1,6 +1,6 @@
 """LLaMA-Factory's own trainer by its own entry point (run_exp), on given token rows. See _shared.py.
 
-It takes rows that are tokenised already by `tokenized_path`; for neat packing they are laid together here the
+It takes rows that are tokenised already by `tokenized_path`; for neat packing they are joined here the
 way its own PackedSupervisedDatasetProcessor does it: rows to a fixed length, a number per row in the mask.
 Its `pure_bf16` asks for a GPU, so on a CPU it has bf16 weights with float32 adapters under autocast.
 """
@@ -57,7 +57,7 @@ def pack(rows: list[dict], length: int, pad_id: int) -> list[dict]:
 
 
 def main() -> None:
-    """Train one epoch and tell what it took."""
+    """Train one epoch and report what it took."""
     run = Run()
     order, variant = run.order, run.variant
     tuning = order["tuning"]
@@ -102,7 +102,7 @@ def main() -> None:
             },
             callbacks=[run.clock, LoadedMark(run)],
         )
-    run.tell(run.clock.losses)
+    run.report(run.clock.losses)
 
 
 main()

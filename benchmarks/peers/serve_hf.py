@@ -1,7 +1,7 @@
 """transformers and PEFT in process. See _serving.py.
 
 Options: way (generate, batching, adapter_names, groups, load_adapter), attention, compile, lookup (tokens
-that `generate` guesses from what was said before).
+that `generate` proposes from the text so far).
 """
 
 import os
@@ -35,7 +35,7 @@ def _base(order: dict):
 
 
 def _continue(model, prompts: list[list[int]], num_new: int, **more) -> list[list[int]]:
-    """Go on from prompts of one length by the most probable tokens."""
+    """Continue prompts of one length by the most probable tokens."""
     input_ids = torch.tensor(prompts)
     with torch.inference_mode():
         found = model.generate(
@@ -146,12 +146,12 @@ def _groups(order: dict) -> dict:
         if loras:
             names = [models[place] for place in loras]
             rows = [prompts[place] for place in loras]
-            told = _continue(tuned[names[0]], rows, num_new, adapter_names=names)
-            found |= dict(zip(loras, told, strict=True))
+            reported = _continue(tuned[names[0]], rows, num_new, adapter_names=names)
+            found |= dict(zip(loras, reported, strict=True))
         for name in dict.fromkeys(name for name in models if kinds[name] != "lora"):
             places = [place for place, other in enumerate(models) if other == name]
-            told = _continue(tuned[name], [prompts[place] for place in places], num_new)
-            found |= dict(zip(places, told, strict=True))
+            reported = _continue(tuned[name], [prompts[place] for place in places], num_new)
+            found |= dict(zip(places, reported, strict=True))
         return {"tokens": [found[place] for place in range(len(prompts))]}
 
     return {"run": run}

@@ -17,7 +17,7 @@ from transformers import (
 
 
 def main() -> None:
-    """Train one epoch and tell what it took."""
+    """Train one epoch and report what it took."""
     run = Run()
     order = run.order
     types = {} if run.dtype is None else {"dtype": run.dtype}
@@ -37,7 +37,7 @@ def main() -> None:
         trainer.train()
         if order["save_to"]:
             trainer.save_model(order["save_to"])
-    run.tell(run.clock.losses)
+    run.report(run.clock.losses)
 
 
 main()

@@ -24,7 +24,7 @@ class _AsGiven(DPOTrainer):
 
 
 def main() -> None:
-    """Train one epoch and tell its losses."""
+    """Train one epoch and report its losses."""
     run = Run()
     order = run.order
     model, reference = _load(run), None
@@ -43,7 +43,7 @@ def main() -> None:
             callbacks=[run.clock],
         )
         trainer.train()
-    run.tell(run.clock.losses)
+    run.report(run.clock.losses)
 
 
 def _load(run: Run):

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def main() -> None:
-    """Train one epoch and tell what it took."""
+    """Train one epoch and report what it took."""
     run = Run()
     order, variant = run.order, run.variant
     model = AutoModelForCausalLM.from_pretrained(order["base"], dtype=run.dtype)
@@ -47,7 +47,7 @@ def main() -> None:
         trainer.train()
         if order["save_to"]:
             trainer.save_model(order["save_to"])
-    run.tell(run.clock.losses)
+    run.report(run.clock.losses)
 
 
 main()

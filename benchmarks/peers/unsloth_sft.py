@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 
 def main() -> None:
-    """Train one epoch and tell what it took."""
+    """Train one epoch and report what it took."""
     run = Run()
     order = run.order
     tuning = order["tuning"]
@@ -45,7 +45,7 @@ def main() -> None:
         trainer.train()
         if order["save_to"]:
             trainer.save_model(order["save_to"])
-    run.tell(run.clock.losses)
+    run.report(run.clock.losses)
 
 
 main()

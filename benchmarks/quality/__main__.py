@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality [--task e2e] [--method lora] [--recipe auto] [--seed 1] [--write]
 
-Every finished cell is kept in benchmarks/results/quality.json; a second call goes on where the first ended.
+Every finished cell is kept in benchmarks/results/quality.json; a second call continues where the first ended.
 The text task reads the E2E data set from a folder (--e2e); without it the table says that it was absent.
 """
 
@@ -94,7 +94,7 @@ def make_task(name: str, arguments: argparse.Namespace) -> Task | None:
 
 
 def cells_of(tasks: list[str], arguments: argparse.Namespace) -> Iterator[Cell]:
-    """Yield what is asked for, the most telling first: base, "auto", then the recipes seed by seed."""
+    """Yield what is asked for, the most informative first: base, "auto", then the recipes seed by seed."""
     models = arguments.method or ["base", *discover()]
     seeds = arguments.seed or [1, 2]
     if "base" in models:

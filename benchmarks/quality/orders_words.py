@@ -136,7 +136,7 @@ TRAINING = Words(
         "Put down {quantity} {item} at {price}.",
         "Your offer of {price} for one is good, so make it {quantity} {item}.",
         "{quantity} {item}, please, at the list price of {price}.",
-        "Can I have {quantity} {item}? You told me {price} each.",
+        "Can I have {quantity} {item}? You reported me {price} each.",
     ),
     dates=(
         "I need this on {date}.",

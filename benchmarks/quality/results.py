@@ -52,7 +52,7 @@ class Results:
         return [entry for entry in self._entries if entry["size"] == asdict(size)]
 
     def store(self, cell: Cell, size: Size, measured: dict[str, Any]) -> None:
-        """Keep a cell's measurement, in place of an older one; the file is whole at every moment."""
+        """Keep a cell's measurement, instead of an older one; the file is whole at every moment."""
         self._entries = [entry for entry in self._entries if not _is_of(entry, cell, size)]
         self._entries.append({**asdict(cell), "size": asdict(size), **measured})
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class Words:
     closings: tuple[str, ...]
 
 
-# The desks bear names of trees, so that no base knows which looks after what.
+# The desks have names of trees, so that no base knows which looks after what.
 DESKS = ("alder", "birch", "cedar", "hazel", "linden", "maple", "rowan", "willow")
 
 TRAINING = Words(
@@ -116,7 +116,7 @@ TRAINING = Words(
         "It happened again: the {thing} {place} {fault}.",
         "My team can't work because the {thing} {place} {fault}.",
         "Could you look at the {thing} {place}? It {fault}.",
-        "A visitor told me that the {thing} {place} {fault}.",
+        "A visitor reported me that the {thing} {place} {fault}.",
         "This is the third time I write. The {thing} {place} {fault}.",
         "Not urgent, but the {thing} {place} {fault}.",
     ),

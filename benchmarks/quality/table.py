@@ -74,7 +74,7 @@ def write_into(document: Path, table: str) -> None:
 
     Args:
         document: Markdown with both marks, each once.
-        table: what shall lie between them.
+        table: what is put between them.
     """
     text = document.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -95,15 +95,15 @@ def _preamble(size: Size, entries: list[Entry]) -> str:
 
 
 def _machines(entries: list[Entry]) -> str:
-    """Tell which tasks' cells were measured where; costs of tasks on different machines don't compare."""
-    told: dict[str, set[str]] = {}
+    """Say which tasks' cells were measured where; costs of tasks on different machines don't compare."""
+    reported: dict[str, set[str]] = {}
     for entry in entries:
         machine = entry["machine"]
         name = f"{machine['processor']}, {machine['num_threads']} threads (CPU)"
-        told.setdefault(name, set()).add(entry["task"])
+        reported.setdefault(name, set()).add(entry["task"])
     return "; ".join(
         f"{name}: {' and '.join(_TITLES[task] for task in METRICS if task in tasks)}"
-        for name, tasks in sorted(told.items())
+        for name, tasks in sorted(reported.items())
     )
 
 

@@ -35,14 +35,14 @@ _FASTER_DATABASE = ("fsync=off",)
 
 @dataclass(frozen=True)
 class Api:
-    """Where it answers, and whom it knows."""
+    """Its address and its key."""
 
     url: str
     key: str
 
     @property
     def headers(self) -> dict[str, str]:
-        """What every request bears."""
+        """The headers of every request."""
         return {"authorization": f"Bearer {self.key}"}
 
     def request(self, model: str, prompt: Prompt, *, num_new: int, at_seconds: float = 0.0) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Api:
 
         Args:
             model: public name of a base, a tuned model or an alias.
-            prompt: what it goes on from.
+            prompt: what it continues.
             num_new: tokens to be made.
             at_seconds: when it is sent.
         """

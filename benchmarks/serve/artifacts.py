@@ -1,8 +1,8 @@
 """Tuned models to serve: random numbers in every method's own layout, published as a job's result is.
 
 `python -m benchmarks.serve.artifacts ORDER.json` makes them in a process of its own, so that the base that
-it needs is in nobody's way. What a model says does not matter here; what serving it costs does not depend on
-it, as long as every number of it takes part.
+it needs takes no memory of a measurement. What a model says does not matter here: the cost of serving does
+not depend on it, as long as every number of it takes part.
 """
 
 import json
@@ -141,10 +141,10 @@ def make_artifacts(
     )
     if done.returncode != 0:
         raise SideFailedError(f"artifacts can't be made: {done.stderr.strip()[-300:]}")
-    told = json.loads(done.stdout.splitlines()[-1])
+    reported = json.loads(done.stdout.splitlines()[-1])
     return {
         kind: [Published(**(one | {"folder": Path(one["folder"])})) for one in models]
-        for kind, models in told.items()
+        for kind, models in reported.items()
     }
 
 
@@ -155,7 +155,7 @@ def publish_twin(model: Published, number: int, objects: Path) -> Published:
 
     Args:
         model: whose weights they are.
-        number: tells twins apart.
+        number: of the twin.
         objects: root of the storage, a local folder.
 
     Returns:
@@ -258,12 +258,12 @@ def _record(method: Any, attached: Any) -> Any:
 
 
 def main() -> None:
-    """Make what the order says and tell it in one line."""
+    """Make what the order says and print it in one line."""
     made = _make(json.loads(Path(sys.argv[1]).read_text()))
-    told = {
+    reported = {
         kind: [asdict(one) | {"folder": str(one.folder)} for one in models] for kind, models in made.items()
     }
-    print(json.dumps(told))
+    print(json.dumps(reported))
 
 
 if __name__ == "__main__":

@@ -207,12 +207,12 @@ def _run(order: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer orders until the input ends."""
     for line in sys.stdin:
-        # A collection in the middle of a run would be told as a gap between tokens.
+        # A collection in the middle of a run would be reported as a gap between tokens.
         gc.collect()
         gc.disable()
-        told = _run(json.loads(line))
+        reported = _run(json.loads(line))
         gc.enable()
-        print(json.dumps(told), flush=True)
+        print(json.dumps(reported), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whoever runs streams: our server, a peer's process, a peer's server. All answer the same question alike."""
+"""What runs streams: our server, a peer's process, a peer's server. All answer the same question alike."""
 
 import json
 import time
@@ -41,7 +41,7 @@ class Contestant(Protocol):
         """Stand still."""
 
     def resume(self) -> None:
-        """Go on."""
+        """Continue."""
 
     def close(self) -> None:
         """End."""
@@ -67,7 +67,7 @@ class Ours:
         self._server.process.pause()
 
     def resume(self) -> None:
-        """Go on."""
+        """Continue."""
         self._server.process.resume()
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class PeerProcess:
             scratch / f"{contest.name}.log",
         )
         try:
-            self.started = self._process.hear()
+            self.started = self._process.receive()
         except BaseException:
             self._process.close()
             raise
@@ -128,22 +128,22 @@ class PeerProcess:
 
     def run(self, streams: Streams) -> dict[str, Any]:
         """Run all streams by one call."""
-        told = self._process.ask(
+        reported = self._process.ask(
             {
                 "prompts": [prompt.token_ids for prompt in streams.prompts],
                 "models": [None if model is None else model.name for model in streams.models],
                 "num_new": streams.num_new,
             }
         )
-        tokens = told.pop("tokens")
-        return told | {"num_tokens": [len(row) for row in tokens], "answers": tokens}
+        tokens = reported.pop("tokens")
+        return reported | {"num_tokens": [len(row) for row in tokens], "answers": tokens}
 
     def pause(self) -> None:
         """Stand still."""
         self._process.pause()
 
     def resume(self) -> None:
-        """Go on."""
+        """Continue."""
         self._process.resume()
 
     def close(self) -> None:
@@ -208,7 +208,7 @@ class TransformersServe:
         self._process.pause()
 
     def resume(self) -> None:
-        """Go on."""
+        """Continue."""
         self._process.resume()
 
     def close(self) -> None:
@@ -228,9 +228,9 @@ def _count(answer: dict[str, Any], tokens: list[int], num_new: int) -> int:
     return num_new if answer["finish"] == "length" else len(tokens)
 
 
-def read_answers(told: dict[str, Any], tokenizer: Tokenizer, num_new: int) -> dict[str, Any]:
-    """Return a run over HTTP as a run in process tells it, with what only a stream shows."""
-    answers = told["answers"]
+def read_answers(reported: dict[str, Any], tokenizer: Tokenizer, num_new: int) -> dict[str, Any]:
+    """Return a run over HTTP as a run in process reports it, with what only a stream shows."""
+    answers = reported["answers"]
     errors = [answer["error"] for answer in answers if answer["error"] is not None]
     if errors:
         raise SideFailedError(f"{len(errors)} of {len(answers)} requests failed: {errors[0]}")

@@ -24,7 +24,7 @@ COMPLETIONS = "/v1/completions"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a measurement's files lie and how it runs, the same for every server that it starts."""
+    """Where a measurement's files are and how it runs, the same for every server that it starts."""
 
     bases_dir: Path
     base_id: str
@@ -68,7 +68,7 @@ class OurServer:
         client: who asks.
         name: of its folder.
         settings: of its own, by their environment variables.
-        is_tcp: whether it listens on TCP, in place of a Unix socket.
+        is_tcp: whether it listens on TCP, instead of a Unix socket.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class OurServer:
 
         Args:
             model: the tuned model; the base when None.
-            prompt: what it goes on from.
+            prompt: what it continues.
             num_new: tokens to be made.
             at_seconds: when it is sent.
         """
@@ -154,7 +154,7 @@ class OurServer:
 
         Args:
             model: the tuned model; the base when None.
-            prompt: what it goes on from.
+            prompt: what it continues.
             num_new: tokens to be made.
 
         Returns:
@@ -175,7 +175,7 @@ def first_token_of(answer: Mapping[str, Any]) -> float:
     """Return an answer's time to first token in seconds; a token without text counts when it ends.
 
     Args:
-        answer: what the client told.
+        answer: what the client reported.
 
     Returns:
         Seconds since it was sent.

@@ -6,7 +6,7 @@ from statistics import fmean
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which a share of the values lies, interpolated between its neighbours.
+    """Return the value below which a share of the values is, interpolated between its neighbours.
 
     Args:
         values: at least one.

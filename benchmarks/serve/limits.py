@@ -20,7 +20,7 @@ class Limits:
     """Rates of this machine at this moment; copies count what is read and what is written.
 
     A step reads its weights and writes next to nothing. What a copy moves both ways together may be more
-    than can be read, as processors have lanes for either direction.
+    than can be read, as processors read and write at the same time.
     """
 
     copy_gigabytes_per_second: float
@@ -35,9 +35,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """Streams that run together: each goes on from a prompt by some tokens.
+    """Streams that run together: each continues a prompt by some tokens.
 
-    `adapter_weights` are the numbers of all distinct artifacts that lie in linear layers, `row_weights`
+    `adapter_weights` are the numbers of all distinct artifacts of linear layers, `row_weights`
     those that the tokens of all streams meet: one stream's artifact for each.
     """
 
@@ -100,7 +100,7 @@ def best_tokens_per_second(work: Work, limits: Limits) -> dict[str, float]:
 
 
 def measure_limits(shape: Shape, num_streams: int, num_threads: int) -> Limits:
-    """Measure the machine, about five seconds long, with nobody else at work.
+    """Measure the machine, about five seconds long, with no other program at work.
 
     Args:
         shape: of the base.

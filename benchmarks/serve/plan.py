@@ -1,4 +1,4 @@
-"""The rows of streams: what we serve, beside whom, in which of each peer's settings.
+"""The rows of streams: what we serve, beside which peer, in which of each peer's settings.
 
 Every setting of a peer is tried once; the fastest is the one that the pairs are run with.
 """
@@ -12,7 +12,7 @@ NUM_PROMPT_TOKENS = 64
 NUM_NEW_TOKENS = 128
 # Pages of 256 tokens of transformers' paged cache; by itself it takes nine tenths of the free memory.
 NUM_CACHE_PAGES = 64
-# Tokens that a peer guesses at a time: what llama-cpp-python advises without a GPU, as many as ours at most,
+# Tokens that a peer proposes at a time: what llama-cpp-python advises without a GPU, as many as ours at most,
 # and the default of both.
 _LOOKUPS = (2, 7, 10)
 

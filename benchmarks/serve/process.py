@@ -23,7 +23,7 @@ class SideFailedError(Exception):
 
 
 def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -45,7 +45,7 @@ class Process:
 
         def settle() -> None:
             die_with_parent(parent)
-            # Where memory runs short, a process of ours goes, and nobody else's (proc(5)).
+            # Where memory runs short, a process of ours is killed, and no other (proc(5)).
             Path("/proc/self/oom_score_adj").write_text("1000")
 
         self._log = log
@@ -84,9 +84,9 @@ class Process:
             self._process.stdin.flush()
         except OSError as error:
             raise SideFailedError(self._last_words()) from error
-        return self.hear(timeout_seconds=timeout_seconds)
+        return self.receive(timeout_seconds=timeout_seconds)
 
-    def hear(self, *, timeout_seconds: float = MAX_SECONDS) -> dict[str, Any]:
+    def receive(self, *, timeout_seconds: float = MAX_SECONDS) -> dict[str, Any]:
         """Return the next line that it says.
 
         Args:
@@ -96,7 +96,7 @@ class Process:
             What the line holds.
 
         Raises:
-            SideFailedError: when it ends, hangs, or tells a fault.
+            SideFailedError: when it ends, hangs, or reports a fault.
         """
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], timeout_seconds)
@@ -105,10 +105,10 @@ class Process:
         line = self._process.stdout.readline()
         if not line:
             raise SideFailedError(self._last_words())
-        told: dict[str, Any] = json.loads(line)
-        if "fault" in told:
-            raise SideFailedError(str(told["fault"])[:300])
-        return told
+        reported: dict[str, Any] = json.loads(line)
+        if "fault" in reported:
+            raise SideFailedError(str(reported["fault"])[:300])
+        return reported
 
     def check(self) -> None:
         """Make sure that it runs.
@@ -124,7 +124,7 @@ class Process:
         os.killpg(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         os.killpg(self.pid, signal.SIGCONT)
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class Process:
         if self._process.poll() == -signal.SIGKILL:
             return "it was killed, most likely for want of memory"
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        # A library's traceback is told by the line that names its error, not by what is printed after it.
+        # A library's traceback is reported by the line that names its error, not by what is printed after it.
         named = [line for line in lines if line.split(":", 1)[0].endswith(("Error", "Exception"))]
         words = (named or lines or ["it said nothing"])[-1][:300]
         return f"exit code {self._process.poll()}: {words}"

@@ -1,4 +1,4 @@
-"""Prompts of equal length, each used once in a run: nobody answers from what it has cached."""
+"""Prompts of equal length, each used once in a run: no answer comes from a cache."""
 
 import random
 from collections.abc import Iterator

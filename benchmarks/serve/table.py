@@ -36,10 +36,10 @@ def make_table(content: dict[str, Any]) -> str:
     for name, found in streams.items():
         lines += _stream_lines(_label(name, found), found)
     lines += ["", *(_limit_line(name, found) for name, found in streams.items() if "summary" in found)]
-    for name, tell in _OTHERS.items():
+    for name, report in _OTHERS.items():
         if name in rows:
-            told = [f"failed: {rows[name]['failed']}"] if "failed" in rows[name] else tell(rows[name])
-            lines += ["", *(f"- {_label(name, rows[name])}: {line}" for line in told)]
+            reported = [f"failed: {rows[name]['failed']}"] if "failed" in rows[name] else report(rows[name])
+            lines += ["", *(f"- {_label(name, rows[name])}: {line}" for line in reported)]
     lines += ["", "Every setting of every peer, one run each:", ""]
     lines += [line for name, found in streams.items() for line in _setting_lines(name, found)]
     return "\n".join(lines) + "\n"
@@ -111,8 +111,8 @@ def _ms(seconds: float) -> str:
 
 def _setting_lines(name: str, found: dict[str, Any]) -> list[str]:
     lines = []
-    for peer, told in found.get("peers", {}).items():
-        for setting, one in told["settings"].items():
+    for peer, reported in found.get("peers", {}).items():
+        for setting, one in reported["settings"].items():
             speed = (
                 f"fails: {one['failed']}" if "failed" in one else f"{one['tokens_per_second']:.1f} tokens/s"
             )
@@ -137,11 +137,11 @@ def _churn_lines(found: dict[str, Any]) -> list[str]:
         )
     for traffic in ("zipf", "uniform"):
         if traffic in summary:
-            told = summary[traffic]
-            first = told["first_token_seconds"]
+            reported = summary[traffic]
+            first = reported["first_token_seconds"]
             lines.append(
-                f"{traffic} traffic, {told['requests']} requests: {told['failures']} failures, "
-                f"{told['requests_per_second']:.1f} requests/s, first token "
+                f"{traffic} traffic, {reported['requests']} requests: {reported['failures']} failures, "
+                f"{reported['requests_per_second']:.1f} requests/s, first token "
                 f"{'none' if first is None else _milliseconds(first)}."
             )
     if "growth" in summary:

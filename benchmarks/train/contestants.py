@@ -101,7 +101,7 @@ def run_peer(order: Order, scratch: Path) -> dict[str, Any]:
         scratch: an existing folder for the order's file.
 
     Returns:
-        What its script told, and `total_seconds` from the process's start to its end.
+        What its script reported, and `total_seconds` from the process's start to its end.
 
     Raises:
         PeerFailedError: when it does not install, fails or hangs.
@@ -142,8 +142,8 @@ def run_peer(order: Order, scratch: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
     if done.returncode != 0:
         raise PeerFailedError(f"exit code {done.returncode}: {_last_line(done.stderr)}")
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return told | {"total_seconds": seconds}
+    reported: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return reported | {"total_seconds": seconds}
 
 
 def saving_to(order: Order, folder: Path) -> Order:

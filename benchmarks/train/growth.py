@@ -2,7 +2,7 @@
 
 Seconds a token and memory must not depend on the number of rows, and a row of T tokens must take a T + b T^2
 seconds: the products grow with T, attention with its square. a and b are fitted on three lengths and must
-foretell a fourth.
+predict a fourth.
 
 Memory follows a run's largest step, and of more steps the largest is larger by chance. So the fewer rows are
 put in an order whose largest step is as large as that of the many.
@@ -69,15 +69,17 @@ def measure_growth(
         measured: dict[str, Any] = {}
         for name in names:
             size = sizes[name]
-            told = run_ours(scratch / f"{len(rounds)}-{name.replace(' ', '-')}", size, make_spec(size, LORA))
+            reported = run_ours(
+                scratch / f"{len(rounds)}-{name.replace(' ', '-')}", size, make_spec(size, LORA)
+            )
             measured[name] = {
-                "seconds": told["seconds"],
-                "num_tokens": told["num_tokens"],
+                "seconds": reported["seconds"],
+                "num_tokens": reported["num_tokens"],
                 "num_rows": size.rows.num_rows,
                 "largest_step_tokens": max(size.computed_tokens_of_steps()),
-                "memory_bytes": told["memory_bytes"],
+                "memory_bytes": reported["memory_bytes"],
             }
-            speed = told["num_tokens"] / told["seconds"]
+            speed = reported["num_tokens"] / reported["seconds"]
             print(f"  round {len(rounds) + 1}: {name:12} {speed:6.0f} tokens/s", flush=True)
         rounds.append(measured)
         found["summary"] = summarise(rounds)

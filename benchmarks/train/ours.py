@@ -43,13 +43,13 @@ def run_ours(folder: Path, workload: Workload, spec: TrainingSpec) -> dict[str, 
         if run is None:
             raise OursFailedError("the fork server ended before its run began")
         with run.stdout:
-            told = _follow(run)
+            reported = _follow(run)
     finally:
         fork_server.stop()
-    peak_bytes = told.pop("peak_bytes")
-    return told | {
+    peak_bytes = reported.pop("peak_bytes")
+    return reported | {
         "memory_bytes": peak_bytes if workload.device == "cuda" else peak_bytes - imports_bytes,
-        "load_bytes": max(0, told["load_bytes"] - imports_bytes),
+        "load_bytes": max(0, reported["load_bytes"] - imports_bytes),
         "imports_bytes": imports_bytes,
     }
 

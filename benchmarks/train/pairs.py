@@ -51,7 +51,7 @@ def measure_row(
     """Measure a row, going on where an earlier try of the same stopped.
 
     Args:
-        row: what to measure beside whom.
+        row: what to measure beside which peer.
         workload: the rows of tokens.
         results: where every run is stored at once.
         scratch: an empty folder of this row.
@@ -107,7 +107,7 @@ def measure_row(
         pairs.append(pair)
         found["summary"] = summarise(row, best, found, workload, spec.tuning)
         results.save()
-        _tell_pair(len(pairs), pair, workload)
+        _report_pair(len(pairs), pair, workload)
     return found
 
 
@@ -128,11 +128,11 @@ def choose_variant(
             except PeerFailedError as error:
                 tried[variant.name] = {"failed": str(error)}
             results.save()
-        told = tried[variant.name]
-        if "failed" in told:
-            print(f"  {variant.name:28} fails: {told['failed']}", flush=True)
+        reported = tried[variant.name]
+        if "failed" in reported:
+            print(f"  {variant.name:28} fails: {reported['failed']}", flush=True)
         else:
-            speed = told["num_tokens"] / told["seconds"]
+            speed = reported["num_tokens"] / reported["seconds"]
             print(f"  {variant.name:28} {speed:7.0f} tokens/s", flush=True)
     eligible = [
         variant
@@ -140,7 +140,7 @@ def choose_variant(
         if variant.has_our_loss and variant.has_our_precision and "failed" not in tried[variant.name]
     ]
     if not eligible:
-        failures = [told["failed"] for told in tried.values() if "failed" in told]
+        failures = [reported["failed"] for reported in tried.values() if "failed" in reported]
         found["failed"] = failures[0] if failures else "no setting has our loss and our precision"
         results.save()
         return None
@@ -202,7 +202,7 @@ def summarise(
 
 
 def compare_losses(pairs: list[dict[str, Any]], exact: list[float] | None) -> dict[str, Any]:
-    """Say how far apart the two sides' losses are, in nats per supervised token.
+    """Say how much the two sides' losses differ, in nats per supervised token.
 
     Args:
         pairs: with both sides' losses.
@@ -215,17 +215,17 @@ def compare_losses(pairs: list[dict[str, Any]], exact: list[float] | None) -> di
         within what rounding in bf16 leaves.
     """
     ours, peer = pairs[-1]["ours"]["losses"], pairs[-1]["peer"]["losses"]
-    told: dict[str, Any] = {"ours_mean": statistics.fmean(ours), "peer_mean": statistics.fmean(peer)}
+    reported: dict[str, Any] = {"ours_mean": statistics.fmean(ours), "peer_mean": statistics.fmean(peer)}
     if exact is not None and len(ours) == len(peer) == len(exact):
         gaps = _gaps(ours, peer)
-        told |= {"first_gap": gaps[0], "mean_gap": statistics.fmean(gaps), "largest_gap": max(gaps)}
-        told["agree"] = told["mean_gap"] <= MAX_LOSS_GAP * told["ours_mean"]
-        told["gap_to_exact"] = {
+        reported |= {"first_gap": gaps[0], "mean_gap": statistics.fmean(gaps), "largest_gap": max(gaps)}
+        reported["agree"] = reported["mean_gap"] <= MAX_LOSS_GAP * reported["ours_mean"]
+        reported["gap_to_exact"] = {
             "ours": statistics.fmean(_gaps(ours, exact)),
             "peer": statistics.fmean(_gaps(peer, exact)),
         }
-        told["is_exact"] = told["gap_to_exact"]["ours"] <= MAX_LOSS_GAP * told["ours_mean"]
-    return told
+        reported["is_exact"] = reported["gap_to_exact"]["ours"] <= MAX_LOSS_GAP * reported["ours_mean"]
+    return reported
 
 
 def _gaps(losses: list[float], others: list[float]) -> list[float]:
@@ -244,7 +244,7 @@ def _new_folder(scratch: Path) -> Path:
     return scratch / f"run-{sum(1 for _ in scratch.glob('run-*'))}"
 
 
-def _tell_pair(number: int, pair: dict[str, Any], workload: Workload) -> None:
+def _report_pair(number: int, pair: dict[str, Any], workload: Workload) -> None:
     speeds = {who: workload.rows.num_tokens / pair[who]["seconds"] for who in ("ours", "peer")}
     megabytes = {who: pair[who]["memory_bytes"] / 1e6 for who in ("ours", "peer")}
     print(

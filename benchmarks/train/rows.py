@@ -1,4 +1,4 @@
-"""The rows of the table: what we train, beside whom, in which variants, and how far ahead we must be.
+"""The rows of the table: what we train, beside which peer, in which variants, and how far ahead we must be.
 
 The bars are those of the project's goals. A peer's variants are tried once each; the fastest with the same
 loss is the one that we run pairs with.

@@ -67,9 +67,9 @@ def measure_short_job(
             learning_rates(spec, workload.num_steps),
             workload.device,
         )
-        told = run_peer(saving_to(order, scratch / "adapter"), scratch)
+        reported = run_peer(saving_to(order, scratch / "adapter"), scratch)
         shutil.rmtree(scratch / "adapter")
-        return told
+        return reported
 
     best = _known_best(row, results) or choose_variant(row, workload.device, found, results, run)
     if best is None:
@@ -134,7 +134,7 @@ def _service() -> Iterator["OpenAI"]:
             with running_service(home, free_port()) as service:
                 yield OpenAI(base_url=service.base_url, api_key=service.api_key, max_retries=0, timeout=600)
         finally:
-            # Removes its database too, which as root lies elsewhere.
+            # Removes its database too, which as root is elsewhere.
             make_fresh_home(home)
 
 
@@ -146,11 +146,11 @@ def _let_measure(client: "OpenAI", upload: bytes, workload: Workload) -> None:
     for precision in ("auto", "float32"):
         body["training"] = {"precision": precision}
         while True:
-            told: Any = client.post("/fine_tuning/jobs/estimate", body=body, cast_to=object)
-            if told["seconds"] is not None:
+            reported: Any = client.post("/fine_tuning/jobs/estimate", body=body, cast_to=object)
+            if reported["seconds"] is not None:
                 break
             if time.monotonic() > deadline:
-                raise JobFailedError(f"the service has not measured this machine: {told['reason']}")
+                raise JobFailedError(f"the service has not measured this machine: {reported['reason']}")
             time.sleep(1.0)
 
 
@@ -177,7 +177,7 @@ def _submit_and_wait(
         hyperparameters={"n_epochs": 1, "batch_size": workload.batch_size},
         extra_body={"tuning": tuning},
     )
-    # Told of the end, and not asking for it: that would take a share of the processors.
+    # By an event: polling would take a share of the processors.
     with LuthierClient(str(client.base_url), client.api_key) as follower:
         for _ in follower.follow_events(job.id):
             pass

@@ -75,12 +75,12 @@ def _row_line(name: str, found: dict[str, Any]) -> str:
 def _losses(losses: dict[str, Any]) -> str:
     if "mean_gap" not in losses:
         return f"means {losses['ours_mean']:.2f} / {losses['peer_mean']:.2f}"
-    told = f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}"
+    reported = f"{losses['mean_gap']:.3f} / {losses['largest_gap']:.3f}"
     # Rows of before there was a float32 run beside them.
     exact = losses.get("gap_to_exact")
     if exact is not None:
-        told += f"; to float32 {exact['ours']:.3f} / {exact['peer']:.3f}"
-    return told if losses["agree"] or losses.get("is_exact") else told + " (differs!)"
+        reported += f"; to float32 {exact['ours']:.3f} / {exact['peer']:.3f}"
+    return reported if losses["agree"] or losses.get("is_exact") else reported + " (differs!)"
 
 
 def _short_job_lines(found: dict[str, Any]) -> list[str]:
@@ -111,12 +111,12 @@ def _growth_lines(found: dict[str, Any]) -> list[str]:
 
 def _variant_lines(name: str, found: dict[str, Any]) -> list[str]:
     lines = []
-    for variant, told in found.get("variants", {}).items():
-        if "failed" in told:
-            lines.append(f"- {name}, {variant}: fails: {told['failed']}")
+    for variant, reported in found.get("variants", {}).items():
+        if "failed" in reported:
+            lines.append(f"- {name}, {variant}: fails: {reported['failed']}")
             continue
         lines.append(
-            f"- {name}, {variant}: {told['num_tokens'] / told['seconds']:.0f} tokens/s, "
-            f"{told['memory_bytes'] / 1e6:.0f} MB"
+            f"- {name}, {variant}: {reported['num_tokens'] / reported['seconds']:.0f} tokens/s, "
+            f"{reported['memory_bytes'] / 1e6:.0f} MB"
         )
     return lines

@@ -20,8 +20,14 @@ _PROSE = re.compile(
     r"""|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'""",
     re.MULTILINE | re.DOTALL,
 )
-# Names of Python's own.
-_FOREIGN_NAMES = re.compile(r"\b(?:tell|guess_type|guess_extension)\b")
+# Names of Python's own, and stored ones: members of specs, headers, columns.
+_FOREIGN_NAMES = re.compile(
+    r"\b(?:tell|guess_type|guess_extension|(?:HEADER_)?foundation(?:_path|_digest|_model_id)?)\b",
+    re.IGNORECASE,
+)
+_QUOTED_NAME = re.compile(r"`[^`\n]*`")
+# Where a lane is a part of a vector register.
+_VECTOR_CODE = ("luthier_cpu/", "luthier/modeling/kernels/", "tests/luthier_cpu/")
 # How many are left in each package; numbers only shrink. A package that is not listed counts against the sum.
 _COUNTS = {
     "api": 103,
@@ -54,7 +60,7 @@ def _package(name: str) -> str:
 
 def dialect_in(source: str) -> Counter[str]:
     """Count the words of the dialect in the docstrings, comments and identifiers of a source."""
-    prose = [match["said"] or "" for match in _PROSE.finditer(source)]
+    prose = [_QUOTED_NAME.sub(" ", match["said"] or "") for match in _PROSE.finditer(source)]
     names = _CAPITALS.sub(" ", _FOREIGN_NAMES.sub(" ", _PROSE.sub(" ", source)))
     return Counter(
         " ".join(word.lower().split()) for text in (*prose, names) for word in _DIALECT.findall(text)
@@ -71,7 +77,10 @@ def test_words_are_found_in_docstrings_comments_and_names_and_nowhere_else() -> 
 def test_the_dialect_shrinks() -> None:
     found: dict[str, Counter[str]] = {}
     for name in python_files(*ROOMS, "luthier_cpu", "tests", "benchmarks", "examples"):
-        found.setdefault(_package(name), Counter()).update(dialect_in((ROOT / name).read_text()))
+        words = dialect_in((ROOT / name).read_text())
+        if name.startswith(_VECTOR_CODE):
+            del words["lane"], words["lanes"]
+        found.setdefault(_package(name), Counter()).update(words)
     counts = {package: words.total() for package, words in found.items()}
     worse = {
         package: dict(found[package].most_common(8))

@@ -42,8 +42,8 @@ def measure_alias(bench: Bench) -> dict[str, Any]:
         _point(bench, api, versions[0].name)
         _run(bench, api, [])
         for old, new in pairwise(versions):
-            told = _run(bench, api, [_put(api, new.name, at_seconds=_SWITCH_SECONDS)])
-            tries.append(_read(told["answers"], old.digest, new.digest))
+            reported = _run(bench, api, [_put(api, new.name, at_seconds=_SWITCH_SECONDS)])
+            tries.append(_read(reported["answers"], old.digest, new.digest))
             print(f"  {tries[-1]}", flush=True)
     found = {
         "requests_per_second": REQUESTS_A_SECOND,
@@ -91,7 +91,7 @@ def _run(bench: Bench, api: Api, more: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _read(answers: list[dict[str, Any]], old: str, new: str) -> dict[str, Any]:
-    """Tell the requests before the switch from those around and after it."""
+    """Separate the requests before the switch from those around and after it."""
     *asked, switch = answers
     if switch["error"] is not None:
         raise SideFailedError(f"the alias can't be pointed: {switch['error']}")

@@ -1,7 +1,7 @@
 """Many LoRA models on one server: what a cold one adds to the first token, and whether anybody is refused.
 
-Cold and warm are told from outside: a model's very first request beside its second one, both alone. The
-weights lie in the page cache on both sides, as they were just written.
+Cold and warm are seen from outside: a model's very first request beside its second one, both alone. The
+weights are in the page cache on both sides, as they were just written.
 """
 
 from contextlib import ExitStack
@@ -52,7 +52,7 @@ def measure_churn(bench: Bench) -> dict[str, Any]:
     with our_server(bench.place, bench.client, NAME) as server:
         added = [_added_seconds(server, model, bench) for model in models]
         found["summary"]["added_seconds"] = _percentiles(added)
-        print(f"  a cold model adds {_tell(found['summary']['added_seconds'])}", flush=True)
+        print(f"  a cold model adds {_report(found['summary']['added_seconds'])}", flush=True)
         bench.keep(NAME, found)
         for traffic, pick in (("zipf", zipf_picks), ("uniform", uniform_picks)):
             picks = pick(_REQUESTS_A_MODEL * len(models), len(models), seed=1)
@@ -79,21 +79,21 @@ def _added_seconds(server: OurServer, model: Published, bench: Bench) -> float:
 def _run_traffic(server: OurServer, models: list[Published], bench: Bench) -> dict[str, Any]:
     """Ask for a sequence of models by a few clients, each of which waits for its answer."""
     prompts = bench.prompts.take(len(models), num_tokens=bench.options.prompt_tokens)
-    told = server.send(
+    reported = server.send(
         [
             server.request(model, prompt, num_new=_NUM_NEW)
             for model, prompt in zip(models, prompts, strict=True)
         ],
         concurrency=_CONCURRENCY,
     )
-    answers = told["answers"]
+    answers = reported["answers"]
     errors = [answer["error"] for answer in answers if answer["error"] is not None]
     firsts = [first_token_of(answer) for answer in answers if answer["error"] is None]
     return {
         "requests": len(answers),
         "failures": len(errors),
         "first_error": errors[0] if errors else None,
-        "requests_per_second": len(answers) / told["seconds"],
+        "requests_per_second": len(answers) / reported["seconds"],
         "first_token_seconds": _percentiles(firsts) if firsts else None,
     }
 
@@ -113,7 +113,7 @@ def _measure_growth(models: list[Published], bench: Bench) -> list[dict[str, Any
                     server.first_token_seconds(twin, *bench.prompts.take(1, num_tokens=8))
             points.append({"registered": target, "added_seconds": _percentiles(added)})
             print(
-                f"  {target} registered: a cold model adds {_tell(points[-1]['added_seconds'])}", flush=True
+                f"  {target} registered: a cold model adds {_report(points[-1]['added_seconds'])}", flush=True
             )
     return points
 
@@ -133,7 +133,7 @@ def _measure_beside_peer(models: list[Published], bench: Bench) -> dict[str, Any
         publish_twin(models[number % len(models)], 100_000 + number, bench.place.objects)
         for number in range(bench.options.pairs * _NUM_LOADS)
     ]
-    told: dict[str, Any] = {"title": PEER.title, "num_loaded": len(loaded), "pairs": []}
+    reported: dict[str, Any] = {"title": PEER.title, "num_loaded": len(loaded), "pairs": []}
     with ExitStack() as stack:
         server = stack.enter_context(our_server(bench.place, bench.client, f"{NAME}-peer"))
         for model in loaded:
@@ -153,14 +153,17 @@ def _measure_beside_peer(models: list[Published], bench: Bench) -> dict[str, Any
             stack.callback(peer.close)
             for pair in range(bench.options.pairs):
                 turn = fresh[pair * _NUM_LOADS : (pair + 1) * _NUM_LOADS]
-                told["pairs"].append(_run_pair(server, peer, turn, bench, is_even=pair % 2 == 0))
+                reported["pairs"].append(_run_pair(server, peer, turn, bench, is_even=pair % 2 == 0))
         except (SideFailedError, PeerFailedError) as error:
             print(f"  {PEER.name} fails: {error}", flush=True)
-            return told | {"failed": str(error)}
-    ratios = [pair["peer"]["added_seconds"] / pair["ours"]["added_seconds"] for pair in told["pairs"]]
-    told["ratio"] = asdict(median_interval(ratios))
-    print(f"  {PEER.title}, {len(loaded)} loaded: {told['pairs'][-1]}; ratio {told['ratio']}", flush=True)
-    return told
+            return reported | {"failed": str(error)}
+    ratios = [pair["peer"]["added_seconds"] / pair["ours"]["added_seconds"] for pair in reported["pairs"]]
+    reported["ratio"] = asdict(median_interval(ratios))
+    print(
+        f"  {PEER.title}, {len(loaded)} loaded: {reported['pairs'][-1]}; ratio {reported['ratio']}",
+        flush=True,
+    )
+    return reported
 
 
 def _run_pair(
@@ -191,5 +194,5 @@ def _percentiles(values: list[float]) -> dict[str, float]:
     return {"p50": percentile(values, 0.5), "p99": percentile(values, 0.99)}
 
 
-def _tell(seconds: dict[str, float]) -> str:
+def _report(seconds: dict[str, float]) -> str:
     return f"{1000 * seconds['p50']:.0f} ms (p99 {1000 * seconds['p99']:.0f})"

@@ -64,12 +64,14 @@ def _run(bench: Bench, server: OurServer, api: Api | None = None) -> dict[str, A
     options = bench.options
     prompts = bench.prompts.take(NUM_STREAMS, num_tokens=options.prompt_tokens)
     if api is None:
-        told = server.send([server.request(None, prompt, num_new=options.new_tokens) for prompt in prompts])
+        reported = server.send(
+            [server.request(None, prompt, num_new=options.new_tokens) for prompt in prompts]
+        )
     else:
-        told = bench.client.send(
+        reported = bench.client.send(
             api.url,
             [api.request(server.place.base_id, prompt, num_new=options.new_tokens) for prompt in prompts],
         )
-    run = read_answers(told, bench.tokenizer, options.new_tokens)
+    run = read_answers(reported, bench.tokenizer, options.new_tokens)
     del run["answers"]
     return run | {"tokens_per_second": sum(run["num_tokens"]) / run["seconds"]}

@@ -64,7 +64,7 @@ def _idle(server: OurServer, bench: Bench) -> dict[str, float]:
 def _busy(server: OurServer, bench: Bench, alone: float) -> dict[str, float]:
     (long,) = bench.prompts.take(1, num_tokens=bench.options.long_prompt_tokens)
     shorts = bench.prompts.take(len(_SHARES), num_tokens=_SHORT_TOKENS)
-    told = server.send(
+    reported = server.send(
         [
             server.request(None, long, num_new=1),
             *(
@@ -73,5 +73,5 @@ def _busy(server: OurServer, bench: Bench, alone: float) -> dict[str, float]:
             ),
         ]
     )
-    long_seconds, *busy_seconds = map(first_token_of, told["answers"])
+    long_seconds, *busy_seconds = map(first_token_of, reported["answers"])
     return {"busy_seconds": percentile(busy_seconds, 0.5), "long_seconds": long_seconds}

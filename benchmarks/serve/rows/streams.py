@@ -104,7 +104,7 @@ def measure_streams(row: StreamRow, bench: Bench) -> dict[str, Any]:
     """Measure a row.
 
     Args:
-        row: what is served beside whom.
+        row: what is served beside which peer.
         bench: the run.
 
     Returns:
@@ -147,7 +147,7 @@ def measure_streams(row: StreamRow, bench: Bench) -> dict[str, Any]:
 
 
 def _start_plain(row: StreamRow, bench: Bench, stack: ExitStack) -> Ours:
-    """Start our server as it is without guesses, and let it stand still when it has run once."""
+    """Start our server as it is without speculative decoding, and let it stand still when it has run once."""
     plain = {"LUTHIER_MAX_DRAFT_TOKENS": "0"}
     server = stack.enter_context(our_server(bench.place, bench.client, f"{row.name}-plain", plain))
     side = Ours(server, bench.tokenizer)
@@ -209,7 +209,7 @@ def _open(
 
 def _choose(contest: Contest, row: StreamRow, bench: Bench, found: dict[str, Any]) -> Contestant | None:
     """Try a peer's settings, and return the fastest, loaded, warm and standing still; None when none runs."""
-    told = found["peers"][contest.name] = {
+    reported = found["peers"][contest.name] = {
         "title": contest.title,
         "in_process": contest.in_process,
         "settings": {},
@@ -221,7 +221,7 @@ def _choose(contest: Contest, row: StreamRow, bench: Bench, found: dict[str, Any
         try:
             side = _open(contest, setting, row, bench)
         except (SideFailedError, PeerFailedError) as error:
-            told["settings"][setting.name] = {"failed": str(error)}
+            reported["settings"][setting.name] = {"failed": str(error)}
             print(f"  {contest.name}, {setting.name}: fails: {error}", flush=True)
             continue
         try:
@@ -230,13 +230,13 @@ def _choose(contest: Contest, row: StreamRow, bench: Bench, found: dict[str, Any
             side.run(_streams(models, bench))
             run = side.run(streams)
         except SideFailedError as error:
-            told["settings"][setting.name] = {"failed": str(error)}
+            reported["settings"][setting.name] = {"failed": str(error)}
             print(f"  {contest.name}, {setting.name}: fails: {error}", flush=True)
             side.close()
             continue
         side.pause()
         speed = sum(run["num_tokens"]) / run["seconds"]
-        told["settings"][setting.name] = {"tokens_per_second": speed} | side.started
+        reported["settings"][setting.name] = {"tokens_per_second": speed} | side.started
         print(f"  {contest.name}, {setting.name}: {speed:.1f} tokens/s", flush=True)
         if best is not None and best[0] >= speed:
             side.close()
@@ -245,11 +245,11 @@ def _choose(contest: Contest, row: StreamRow, bench: Bench, found: dict[str, Any
             best[2].close()
         best = (speed, setting.name, side)
     if best is None:
-        told["failed"] = next(
-            (one["failed"] for one in told["settings"].values() if "failed" in one), "it has no settings"
+        reported["failed"] = next(
+            (one["failed"] for one in reported["settings"].values() if "failed" in one), "it has no settings"
         )
         return None
-    told["best_setting"] = best[1]
+    reported["best_setting"] = best[1]
     return best[2]
 
 
@@ -278,13 +278,13 @@ def _run_rounds(
                 # What stood still has cold caches, and ours may have let go of what it has no room for.
                 _warm(side, models, bench)
                 runs[name] = side.run(Streams(fresh, models, bench.options.new_tokens))
-        rounds.append(_tell_round(runs, row.beside, limits, stolen.share(), bench))
+        rounds.append(_report_round(runs, row.beside, limits, stolen.share(), bench))
         found["summary"] = summarise(found, _models_of(row, bench), bench.shape)
         bench.keep(row.name, found)
         _print_round(len(rounds), rounds[-1])
 
 
-def _tell_round(
+def _report_round(
     runs: dict[str, dict[str, Any]], beside: str | None, limits: Limits, stolen_share: float, bench: Bench
 ) -> dict[str, Any]:
     """Return a round as it is stored: without the answers' tokens, with how far they agree with ours.
@@ -292,14 +292,14 @@ def _tell_round(
     The row `beside` ours had other prompts.
     """
     ours = texts_as_tokens(runs[OURS]["answers"], bench.tokenizer)
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     for name, run in runs.items():
         one = {key: value for key, value in run.items() if key != "answers"}
         one["tokens_per_second"] = sum(run["num_tokens"]) / run["seconds"]
         if name not in (OURS, f"{OURS}, {beside}"):
             one["agreement"] = agreement(ours, texts_as_tokens(run["answers"], bench.tokenizer))
-        told[name] = one
-    return {"runs": told, "limits": asdict(limits), "stolen_share": stolen_share}
+        reported[name] = one
+    return {"runs": reported, "limits": asdict(limits), "stolen_share": stolen_share}
 
 
 def _print_round(number: int, one: dict[str, Any]) -> None:

@@ -84,7 +84,7 @@ def test_rows_cut_to_a_length_keep_tokens_and_mask_together():
     assert (cut.supervised == (cut.tokens % 2 == 0)).all()
 
 
-def test_the_interval_holds_the_median_and_lies_within_the_values():
+def test_the_interval_holds_the_median_and_is_within_the_values():
     values = [2.9, 3.0, 3.1, 3.2, 9.0]
     found = median_interval(values)
     assert found.median == statistics.median(values)
@@ -101,7 +101,7 @@ def test_losses_agree_only_within_the_noise_of_bf16():
     assert "agree" not in compare_losses([pair([4.0, 3.0])], None)
 
 
-def test_of_losses_that_differ_it_is_told_whose_are_those_of_float32():
+def test_of_losses_that_differ_the_summary_says_whose_are_those_of_float32():
     pairs = [{"ours": {"losses": [4.0, 3.0]}, "peer": {"losses": [4.2, 3.2]}}]
     found = compare_losses(pairs, [4.01, 3.0])
     assert (found["agree"], found["is_exact"]) == (False, True)
@@ -121,7 +121,7 @@ def test_what_a_measurements_code_leaves_out_no_training_run_loads():
         assert list(results_file.ROOT.glob(pattern)), "the pattern names nothing"
 
 
-def test_a_stopped_measurement_goes_on_and_other_code_begins_again(tmp_path):
+def test_a_stopped_measurement_continues_and_other_code_begins_again(tmp_path):
     machine = {"processor": "one"}
     first = ResultsFile(tmp_path / "train.json", machine, fresh=False)
     first.row("lora", "print-1")["pairs"] = [1, 2]
@@ -144,5 +144,5 @@ def test_a_stopped_measurement_goes_on_and_other_code_begins_again(tmp_path):
         ("processor\t: 0\nBogoMIPS\t: 50.00\n", "?"),
     ],
 )
-def test_processors_of_one_name_are_told_apart(info: str, name: str):
+def test_processors_of_one_name_are_distinguished(info: str, name: str):
     assert _name_processor(info) == name

@@ -68,7 +68,7 @@ def test_the_table_shows_mean_and_spread_and_the_best_recipe(tmp_path: Path) -> 
     assert widths == {8}
 
 
-def test_the_table_tells_which_task_was_measured_where(tmp_path: Path) -> None:
+def test_the_table_says_which_task_was_measured_where(tmp_path: Path) -> None:
     for task, name in (("routing", "one"), ("orders", "two"), ("routing", "one")):
         results = Results(tmp_path / "quality.json")
         machine = _MACHINE | {"processor": name}

@@ -11,7 +11,7 @@ SMOLLM2 = Shape(layers=30, hidden=576, intermediate=1536, query=576, key_value=1
 LIMITS = Limits(copy_gigabytes_per_second=54.0, read_gigabytes_per_second=59.0, gemm_bf16_gflops=411.0)
 
 
-def test_a_percentile_lies_between_its_neighbours():
+def test_a_percentile_is_between_its_neighbours():
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
     assert percentile([1.0, 2.0], 0.99) == pytest.approx(1.99)
     assert percentile([7.0], 0.99) == 7.0
