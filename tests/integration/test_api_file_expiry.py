@@ -7,6 +7,7 @@ from sqlalchemy import text
 
 from luthier.core.settings import Settings
 from tests.conftest import Api
+from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext, make_context
 from worker.maintenance import collect_garbage
@@ -18,12 +19,6 @@ DAY = 24 * 3600
 @pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
     return make_context(settings)
-
-
-def _objects(api: Api) -> list[str]:
-    root = api.state.storage.local_root
-    assert root is not None
-    return sorted(path.name for path in root.rglob("*") if path.is_file())
 
 
 def _let_expire(api: Api, file_id: str) -> None:
@@ -77,7 +72,7 @@ def test_a_wrong_expiry_is_refused_by_its_bracketed_field(api: Api) -> None:
         error = answer.json()["error"]
         assert (answer.status_code, error["param"]) == (400, param), error
         assert param in error["message"]
-    assert _objects(api) == []
+    assert stored_objects(api) == []
 
 
 def test_an_expired_file_is_unknown_and_then_gone(
@@ -96,9 +91,9 @@ def test_an_expired_file_is_unknown_and_then_gone(
     with pytest.raises(openai.BadRequestError) as refused:
         client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id)
     assert refused.value.param == "training_file"
-    assert _objects(api) == [file.id, kept.id]
+    assert stored_objects(api) == [file.id, kept.id]
     collect_garbage(context, grace_seconds=0)
-    assert _objects(api) == [kept.id]
+    assert stored_objects(api) == [kept.id]
 
 
 def test_an_expired_file_stays_until_the_last_job_that_reads_it_has_ended(
@@ -109,12 +104,12 @@ def test_an_expired_file_stays_until_the_last_job_that_reads_it_has_ended(
     for file_id in (train, valid):
         _let_expire(api, file_id)
     collect_garbage(context, grace_seconds=0)
-    assert _objects(api) == [train, valid]
+    assert stored_objects(api) == [train, valid]
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(train)
     client.fine_tuning.jobs.cancel(job.id)
     collect_garbage(context, grace_seconds=0)
-    assert _objects(api) == []
+    assert stored_objects(api) == []
 
 
 def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
@@ -130,11 +125,11 @@ def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
     with monkeypatch.context() as patched:
         patched.setattr(api.state.storage, "delete", fail)
         assert client.files.delete(file.id).deleted
-    assert _objects(api) == [file.id]
+    assert stored_objects(api) == [file.id]
     with pytest.raises(openai.NotFoundError):
         client.files.content(file.id)
     collect_garbage(context, grace_seconds=0)
-    assert _objects(api) == []
+    assert stored_objects(api) == []
 
 
 def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_into(api: Api) -> None:
@@ -157,4 +152,4 @@ def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_int
         with pytest.raises(openai.BadRequestError, match="made by the service") as refused:
             client.files.create(file=("a.png", content), purpose=purpose)  # type: ignore[arg-type]
         assert (refused.value.code, refused.value.param) == ("unsupported_value", "purpose")
-    assert len(_objects(api)) == len(purposes)
+    assert len(stored_objects(api)) == len(purposes)

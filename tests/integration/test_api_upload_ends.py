@@ -10,6 +10,7 @@ from sqlalchemy import text
 
 from luthier.core.settings import Settings
 from tests.conftest import Api
+from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext, make_context
 from worker.maintenance import collect_garbage
@@ -20,12 +21,6 @@ ROWS = jsonl(colour_rows(40))
 @pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
     return make_context(settings)
-
-
-def _objects(api: Api) -> list[str]:
-    root = api.state.storage.local_root
-    assert root is not None
-    return sorted(path.name for path in root.rglob("*") if path.is_file())
 
 
 def _begin(client: openai.OpenAI, *pieces: bytes) -> tuple[str, list[str]]:
@@ -50,10 +45,10 @@ def test_a_cancelled_upload_takes_nothing_more_and_its_parts_are_gone(
     api: Api, client: openai.OpenAI
 ) -> None:
     upload_id, ids = _begin(client, ROWS[:99], ROWS[99:])
-    assert len(_objects(api)) == 2
+    assert len(stored_objects(api)) == 2
     cancelled = client.uploads.cancel(upload_id)
     assert (cancelled.status, cancelled.file) == ("cancelled", None)
-    assert _objects(api) == []
+    assert stored_objects(api) == []
     calls: list[Callable[[], object]] = [
         lambda: client.uploads.cancel(upload_id),
         lambda: client.uploads.complete(upload_id, part_ids=ids),
@@ -63,7 +58,7 @@ def test_a_cancelled_upload_takes_nothing_more_and_its_parts_are_gone(
         with pytest.raises(openai.BadRequestError, match="is cancelled") as caught:
             call()
         assert caught.value.code == "invalid_upload_state"
-    assert _objects(api) == []
+    assert stored_objects(api) == []
 
 
 def test_an_upload_expires_after_an_hour_and_its_parts_are_tidied(
@@ -88,13 +83,13 @@ def test_an_upload_expires_after_an_hour_and_its_parts_are_tidied(
             call()
     assert _states(api, upload_id) == "expired"
     collect_garbage(context, grace_seconds=3600)
-    assert _objects(api) == sorted([*ids, *fresh_ids])
+    assert stored_objects(api) == sorted([*ids, *fresh_ids])
     collect_garbage(context, grace_seconds=0)
-    assert _objects(api) == fresh_ids
+    assert stored_objects(api) == fresh_ids
     done = client.uploads.complete(fresh_id, part_ids=fresh_ids)
     collect_garbage(context, grace_seconds=0)
     assert done.file is not None
-    assert _objects(api) == [done.file.id]
+    assert stored_objects(api) == [done.file.id]
     assert client.files.content(done.file.id).read() == ROWS
 
 
@@ -105,10 +100,10 @@ def test_an_upload_without_requests_expires_by_the_sweep(
     _execute(api, "UPDATE uploads SET expires_at = now(), busy_until = now() + interval '1 min'")
     collect_garbage(context, grace_seconds=0)
     # A complete is at work: its parts stay until it is done.
-    assert (_states(api, upload_id), _objects(api)) == ("pending", ids)
+    assert (_states(api, upload_id), stored_objects(api)) == ("pending", ids)
     _execute(api, "UPDATE uploads SET busy_until = now()")
     collect_garbage(context, grace_seconds=0)
-    assert (_states(api, upload_id), _objects(api)) == ("expired", [])
+    assert (_states(api, upload_id), stored_objects(api)) == ("expired", [])
 
 
 def test_two_completes_at_the_same_time_make_one_file(api: Api, client: openai.OpenAI) -> None:
@@ -120,7 +115,7 @@ def test_two_completes_at_the_same_time_make_one_file(api: Api, client: openai.O
     assert {answer.status for answer in answers} == {"completed"}
     [file_id] = {answer.file.id for answer in answers if answer.file is not None}
     assert [file.id for file in client.files.list()] == [file_id]
-    assert _objects(api) == [file_id]
+    assert stored_objects(api) == [file_id]
 
 
 def test_what_a_crash_leaves_of_an_upload_is_tidied_with_it(
@@ -136,9 +131,9 @@ def test_what_a_crash_leaves_of_an_upload_is_tidied_with_it(
     for name in ("part_0", "file-0", "file-1#3"):
         (folder / name).write_bytes(b"left behind")
     collect_garbage(context, grace_seconds=0)
-    assert _objects(api) == [done.file.id]
+    assert stored_objects(api) == [done.file.id]
     client.files.delete(done.file.id)
-    assert _objects(api) == []
+    assert stored_objects(api) == []
 
 
 def test_another_projects_upload_and_parts_are_404(api: Api, client: openai.OpenAI) -> None:

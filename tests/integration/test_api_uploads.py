@@ -12,15 +12,10 @@ from openai.types import Upload
 
 from luthier.core.settings import MIB
 from tests.conftest import Api
+from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
 
 ROWS = jsonl(colour_rows(40))
-
-
-def _objects(api: Api) -> list[str]:
-    root = api.state.storage.local_root
-    assert root is not None
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
 def _create(client: openai.OpenAI, num_bytes: int = len(ROWS), filename: str = "rows.jsonl") -> Upload:
@@ -59,7 +54,7 @@ def test_the_sdks_chunked_helper_makes_a_file_that_a_job_takes(
         "fine-tune",
     )
     assert client.files.content(upload.file.id).read() == ROWS
-    assert len(_objects(api)) == 1
+    assert len(stored_objects(api)) == 1
     job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=upload.file.id)
     assert job.training_file == upload.file.id
 
@@ -92,7 +87,7 @@ def test_a_part_of_exactly_64_mib_is_accepted_and_complete_nests_the_file(
     whole = bytes(64 * MIB)
     message = _refused(lambda: client.uploads.parts.create(upload.id, data=whole + b"x"), "data")
     assert "64 MiB" in message
-    assert _objects(api) == []
+    assert stored_objects(api) == []
     ids = [client.uploads.parts.create(upload.id, data=data).id for data in (b"12345", whole)]
     done = client.uploads.complete(upload.id, part_ids=ids[::-1])
     assert done.file is not None
@@ -118,7 +113,7 @@ def test_a_broken_line_is_named_and_leaves_the_upload_to_be_completed_otherwise(
         "invalid_file_format",
     )
     assert "Line 21, column 15" in message
-    assert len(_objects(api)) == 4
+    assert len(stored_objects(api)) == 4
     assert client.files.list().data == []
     done = client.uploads.complete(upload.id, part_ids=[head, mended, tail])
     assert done.status == "completed"
@@ -197,4 +192,4 @@ def test_a_part_is_refused_by_what_is_wrong_with_its_form(api: Api, client: open
     ):
         answer = httpx2.post(url, headers=api.headers, files=files, data=data)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
-    assert _objects(api) == []
+    assert stored_objects(api) == []

@@ -21,18 +21,10 @@ from luthier.core.settings import Settings
 from luthier.data.reports.file_report import DataReport
 from luthier.data.reports.process import report_in_process
 from tests.conftest import Api, wait_until
+from tests.integration.wire import upload
 from tests.rows import chat_row, colour_rows, jsonl
 from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
-
-
-def _upload(api: Api, content: bytes, name: str = "rows.jsonl") -> httpx2.Response:
-    return httpx2.post(
-        f"{api.base_url}/v1/files",
-        headers=api.headers,
-        data={"purpose": "fine-tune"},
-        files={"file": (name, content)},
-    )
 
 
 def _report(api: Api, file_id: str, **query: str) -> httpx2.Response:
@@ -42,8 +34,8 @@ def _report(api: Api, file_id: str, **query: str) -> httpx2.Response:
 
 def test_a_report_says_what_a_job_would_find(api: Api) -> None:
     rows = [*colour_rows(20), *colour_rows(2), chat_row("q", "a", weight=0)]
-    file_id = _upload(api, jsonl(rows)).json()["id"]
-    validation_id = _upload(api, jsonl(colour_rows(3))).json()["id"]
+    file_id = upload(api, jsonl(rows)).json()["id"]
+    validation_id = upload(api, jsonl(colour_rows(3))).json()["id"]
     answer = _report(api, file_id, validation_file=validation_id)
     assert answer.status_code == 200, answer.text
     found = answer.json()
@@ -64,7 +56,7 @@ def test_a_report_says_what_a_job_would_find(api: Api) -> None:
 
 
 def test_what_can_not_be_reported_on_is_said(api: Api, settings: Settings) -> None:
-    file_id = _upload(api, jsonl(colour_rows())).json()["id"]
+    file_id = upload(api, jsonl(colour_rows())).json()["id"]
     cases = [
         (_report(api, file_id, base="nope"), 400, "model_not_available", "base"),
         # The preloaded base of these settings is in no catalogue here.
@@ -90,9 +82,9 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
     root = api.state.storage.local_root
     assert root is not None
     before = {path for path in root.rglob("*") if path.is_file()}
-    file_id = _upload(api, jsonl(colour_rows())).json()["id"]
+    file_id = upload(api, jsonl(colour_rows())).json()["id"]
     [stored] = {path for path in root.rglob("*") if path.is_file()} - before
-    other_id = _upload(api, jsonl(colour_rows(3))).json()["id"]
+    other_id = upload(api, jsonl(colour_rows(3))).json()["id"]
     read: list[Path] = []
 
     def watched(path: Path, *given: Any, **options: Any) -> DataReport:
@@ -113,7 +105,7 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
 
 
 def test_a_report_is_stopped_when_its_client_disconnects(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    file_id = _upload(api, jsonl(colour_rows())).json()["id"]
+    file_id = upload(api, jsonl(colour_rows())).json()["id"]
     begun, given_up = threading.Event(), threading.Event()
 
     def slow(*_paths: object, is_given_up: Callable[[], bool], **_options: object) -> NoReturn:
@@ -139,7 +131,7 @@ def test_a_report_is_stopped_when_its_client_disconnects(api: Api, monkeypatch: 
 def test_a_report_on_a_file_that_takes_too_long_is_one_of_its_first_rows(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file_id = _upload(api, jsonl(colour_rows(700))).json()["id"]
+    file_id = upload(api, jsonl(colour_rows(700))).json()["id"]
     whole = _report(api, file_id).json()
     monkeypatch.setattr(file_report, "_MAX_SECONDS", 0.0)
     sample = _report(api, file_id).json()
@@ -188,7 +180,7 @@ _PREFERENCES = [
 
 
 def _prepared(api: Api, context: WorkerContext, content: bytes) -> dict[str, Any]:
-    uploaded = _upload(api, content, "rows.bin")
+    uploaded = upload(api, content, "rows.bin")
     assert uploaded.status_code == 200, uploaded.text
     url = f"{api.base_url}/v1/fine_tuning/jobs"
     asked = {"model": "tiny-llama", "training_file": uploaded.json()["id"]}
@@ -204,16 +196,16 @@ def test_files_of_every_container_and_format_become_queued_jobs(api: Api, contex
         assert job["status"] == "queued", (name, job["error"])
 
 
-def test_preferences_are_checked_at_upload(api: Api) -> None:
-    assert _upload(api, jsonl(_PREFERENCES)).status_code == 200
+def test_preferences_are_checked_atupload(api: Api) -> None:
+    assert upload(api, jsonl(_PREFERENCES)).status_code == 200
     broken = json.loads(json.dumps(_PREFERENCES))
     broken[3]["preferred_output"][0]["content"] = None
-    error = _upload(api, jsonl(broken)).json()["error"]
+    error = upload(api, jsonl(broken)).json()["error"]
     assert error["message"].startswith("Line 4, preferred_output[0].content:")
 
 
 def test_a_broken_parquet_file_leaves_nothing_behind(api: Api) -> None:
-    answer = _upload(api, _as_parquet([*_PAIRS, {"prompt": "p", "completion": ""}]))
+    answer = upload(api, _as_parquet([*_PAIRS, {"prompt": "p", "completion": ""}]))
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format")
     assert answer.json()["error"]["message"].startswith("Row 13, completion:")
     root = api.state.storage.local_root

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -14,6 +13,7 @@ from sqlalchemy import event, func, select, text, update
 from db.tables import IdempotencyKey
 from luthier.core.settings import Settings
 from tests.conftest import Api
+from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
 from worker.maintenance import collect_garbage
@@ -48,12 +48,6 @@ def _upload(client: openai.OpenAI) -> str:
 
 def _job(client: openai.OpenAI, file_id: str, **more: str) -> str:
     return client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id, **more).id
-
-
-def _objects(api: Api) -> set[Path]:
-    root = api.state.storage.local_root
-    assert root is not None
-    return {path for path in root.rglob("*") if path.is_file()}
 
 
 def test_no_more_jobs_wait_than_may_and_twins_do_not_pass_together(
@@ -134,13 +128,13 @@ def test_no_more_bytes_are_stored_than_may_and_nothing_of_a_refused_file_is_kept
     api: Api, client: openai.OpenAI, other: openai.OpenAI
 ) -> None:
     files = [_upload(client) for _ in range(3)]
-    before = _objects(api)
+    before = stored_objects(api)
     with pytest.raises(openai.APIStatusError) as caught:
         _upload(client)
     assert caught.value.status_code == 413
     assert f"limit is {3 * len(ROWS)}" in caught.value.message
     assert f"{3 * len(ROWS)} bytes" in caught.value.message
-    assert _objects(api) == before
+    assert stored_objects(api) == before
     assert _upload(other)
     client.files.delete(files[0])
     assert _upload(client)
@@ -157,7 +151,7 @@ def test_an_upload_to_a_disk_that_is_nearly_full_is_refused_once_and_for_all(
     assert caught.value.code == "storage_full"
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert "LUTHIER_MIN_FREE_BYTES" in caught.value.message
-    assert _objects(api) == set()
+    assert stored_objects(api) == []
 
 
 def test_idempotency_keys_are_deleted_after_a_day(

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import httpx2
 import openai
 
 from tests.conftest import Api, wait_until
+from tests.integration.wire import stored_objects, upload
 from tests.rows import chat_row, jsonl
 
 _OWN_PID = os.getpid()
@@ -27,21 +27,6 @@ ROWS = jsonl([chat_row("a question " * 40, "an answer")]) * 8000
 def _seconds(who: int) -> float:
     usage = resource.getrusage(who)
     return usage.ru_utime + usage.ru_stime
-
-
-def _upload(api: Api, content: bytes) -> httpx2.Response:
-    return httpx2.post(
-        f"{api.base_url}/v1/files",
-        headers=api.headers,
-        data={"purpose": "fine-tune"},
-        files={"file": ("rows.jsonl", content)},
-        timeout=120,
-    )
-
-
-def _objects(api: Api) -> list[Path]:
-    assert api.state.storage.local_root is not None
-    return [path for path in api.state.storage.local_root.rglob("*") if path.is_file()]
 
 
 def _checking() -> list[str]:
@@ -77,7 +62,7 @@ def _begun(api: Api) -> Iterator[http.client.HTTPConnection]:
 
 def test_small_rows_are_checked_outside_of_the_process_that_answers(api: Api) -> None:
     before = _seconds(resource.RUSAGE_SELF), _seconds(resource.RUSAGE_CHILDREN)
-    answer = _upload(api, b'{"text":"a"}\n' * (16 * MIB // 13))
+    answer = upload(api, b'{"text":"a"}\n' * (16 * MIB // 13))
     here = _seconds(resource.RUSAGE_SELF) - before[0]
     there = _seconds(resource.RUSAGE_CHILDREN) - before[1]
     assert answer.status_code == 200, answer.text
@@ -88,23 +73,23 @@ def test_small_rows_are_checked_outside_of_the_process_that_answers(api: Api) ->
 def test_a_third_large_upload_of_a_project_is_refused_until_one_is_done(api: Api) -> None:
     with _begun(api), _begun(api) as second:
         wait_until(lambda: len(_checking()) == 2, what="two files are checked")
-        refused = _upload(api, ROWS)
+        refused = upload(api, ROWS)
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (429, "rate_limit_exceeded")
         assert refused.headers["retry-after"]
         assert error["message"].startswith("This project has 2 large files being checked, and the limit is 2")
-        assert _upload(api, ROWS[: len(ROWS) // 100]).status_code == 200
+        assert upload(api, ROWS[: len(ROWS) // 100]).status_code == 200
         second.close()
         wait_until(lambda: len(_checking()) == 1, what="one file is checked")
-        assert _upload(api, ROWS).status_code == 200
+        assert upload(api, ROWS).status_code == 200
 
 
 def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(
     api: Api, client: openai.OpenAI
 ) -> None:
     with _begun(api):
-        wait_until(lambda: _checking() and _objects(api), what="bytes are checked and written")
-    wait_until(lambda: not _checking() and not _objects(api), what="nothing is left")
+        wait_until(lambda: _checking() and stored_objects(api), what="bytes are checked and written")
+    wait_until(lambda: not _checking() and not stored_objects(api), what="nothing is left")
     assert client.files.list().data == []
     # Nor are places: as many as there may be are free again.
     with _begun(api), _begun(api):

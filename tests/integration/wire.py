@@ -1,4 +1,4 @@
-"""Plain requests to the jobs surface, for tests that look at the wire itself."""
+"""Plain HTTP requests and what they store, for tests of the API without an SDK."""
 
 from typing import Any
 
@@ -20,3 +20,16 @@ def create_job(api: Api, file_id: str, **body: Any) -> dict[str, Any]:
     assert answer.status_code == 200, answer.text
     made: dict[str, Any] = answer.json()
     return made
+
+
+def upload(api: Api, content: bytes, name: str = "rows.jsonl", **options: Any) -> httpx2.Response:
+    """Upload a training file."""
+    form = {"purpose": (None, "fine-tune"), "file": (name, content)}
+    return ask(api, "POST", "/files", files=form, **options)
+
+
+def stored_objects(api: Api) -> list[str]:
+    """Return the names of all objects in storage, without their prefixes, sorted."""
+    root = api.state.storage.local_root
+    assert root is not None
+    return sorted(path.name for path in root.rglob("*") if path.is_file())

@@ -93,9 +93,9 @@ def test_a_stream_of_a_response_ends_as_responses_do() -> None:
     )
     *passed, last = _read(RESPONSES_PATH, pieces)
     assert passed == list(pieces)
-    told, failed = [event.split(b"\n") for event in last.removesuffix(b"\n\n").split(b"\n\n")]
-    assert (told[0], failed[0]) == (b"event: error", b"event: response.failed")
-    error, response = (json.loads(lines[1].removeprefix(b"data: ")) for lines in (told, failed))
+    reported, failed = [event.split(b"\n") for event in last.removesuffix(b"\n\n").split(b"\n\n")]
+    assert (reported[0], failed[0]) == (b"event: error", b"event: response.failed")
+    error, response = (json.loads(lines[1].removeprefix(b"data: ")) for lines in (reported, failed))
     assert (error["type"], error["sequence_number"], error["code"]) == ("error", 13, "service_unavailable")
     assert (response["type"], response["sequence_number"]) == ("response.failed", 14)
     assert response["response"]["id"] == "resp_1"
