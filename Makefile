@@ -33,7 +33,7 @@ $(STAMP):
 	    || { tail -n 20 .venv/setup.log >&2; echo "The whole output is in .venv/setup.log" >&2; exit 1; }; \
 	  echo "Installing packages into .venv: done in $$((SECONDS - start)) s"
 	@echo "Compiling kernels (once; about a minute)"
-	@$(BIN)/python -m luthier.modeling.kernels
+	@$(BIN)/python -m luthier_cpu
 	@rm -f .venv/.setup-* && touch $@
 
 lock: setup ## Write constraints.txt from pyproject.toml, keeping the versions that it has where they still fit.

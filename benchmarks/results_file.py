@@ -13,9 +13,7 @@ _TRAINING = ("luthier/methods", "luthier/modeling", "luthier/training", "luthier
 # Of these, what measures a device and what serves alone, no training run loads: they decide no measurement of
 # it. A test holds it.
 _NOT_TRAINING = (
-    "luthier/modeling/logits.py",
-    "luthier/modeling/packed_*",
-    "luthier/modeling/kernels/serving*",
+    "luthier_cpu/decode/*",
     "benchmarks/peers/*serv*",
 )
 # What a job takes from its upload to the first token of its model hangs on all of it.

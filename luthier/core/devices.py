@@ -6,6 +6,7 @@ Needs no torch: the driver reports a GPU's memory. What jobs hold of it is in se
 import ctypes
 import os
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,3 +113,17 @@ def _find_gpu() -> tuple[str, int] | None:
         return uuid.value.decode(), int(memory.total)
     finally:
         library.nvmlShutdown()
+
+
+# CPUs that multiply bf16 in hardware: elsewhere bf16 is emulated and slower than float32.
+_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 in hardware; others emulate it, slower than float32."""
+    if sys.platform != "linux":
+        return False
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return not _BF16_CPU_FLAGS.isdisjoint(line.split())
+    return False

@@ -6,10 +6,11 @@ Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 import torch
 
 from luthier.methods import Attached, Method
-from luthier.modeling import kernels
 from luthier.modeling.head_loss import OutputLayer, head_loss, head_token_losses
-from luthier.modeling.kernels.panel_products import PanelProducts, Part, can_multiply
 from luthier.modeling.protocols import Batch, Loss
+from luthier_cpu import refusal
+from luthier_cpu.codegen import kernels
+from luthier_cpu.gemm.panel_products import PanelProducts, Part, can_multiply
 from luthier_cpu.training.llama import FusedLlama, fuse
 
 
@@ -18,6 +19,8 @@ class CpuAccelerator:
 
     def accelerate(self, method: Method, attached: Attached, sample: Batch) -> "CpuTrainingModel | None":  # noqa: ARG002
         """Return the fused model, or None for another device, type or architecture, or without numba."""
+        if refusal(attached.causal_lm.device.type) is not None:
+            return None
         head = attached.causal_lm.get_output_embeddings()
         if type(head) is not torch.nn.Linear or head.bias is not None or not kernels.is_compiled(head.weight):
             return None
@@ -26,7 +29,9 @@ class CpuAccelerator:
 
     def preload(self) -> None:
         """Compile or load all kernels of training."""
-        from luthier.modeling.kernels.__main__ import load_all
+        if refusal("cpu") is not None:
+            return
+        from luthier_cpu.__main__ import load_all
 
         # Kernels are tried here, and a fork would lose the other threads of a team.
         torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """Causal attention of the fast path: turned, parted, multiplied and merged with a backward pass by hand.
 
 The query heads of one key head are its rows. Short rows go by pairs of bfloat16 at once where the processor
-has such products (kernels/pair_attention.py), else by batched products and a softmax; long ones block by
+has such products (training/pair_attention.py), else by batched products and a softmax; long ones block by
 block over their queries, which leaves out the keys that a block can't see, and the weights of a block are
 made again in the backward pass, so that memory grows with the length and not with its square.
 
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from luthier.modeling import kernels
-from luthier.modeling.kernels import pair_attention
+from luthier_cpu.codegen import kernels
+from luthier_cpu.training import pair_attention
 
 # Tokens whose queries are multiplied at a time, and the longest rows whose weights are kept for the backward
 # pass, which go by pairs: both measured on two cores with heads of 64 numbers.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.modeling import kernels
+from luthier_cpu.codegen import kernels
 from luthier_cpu.training.linear import FusedLinear
 
 

@@ -1,7 +1,7 @@
 """Linear layers that share an input as one product with their low-rank updates, and its gradients.
 
 The plain layers' weights become views of the fused one, so that no weight lies in memory twice. There are two
-ways to multiply: by panels (kernels/panel_products.py), and by torch's products anywhere, where the low-rank
+ways to multiply: by panels (panel_products.py), and by torch's products anywhere, where the low-rank
 update rides in the same product: the input is widened by `u = x A'`, the weight by `scale * B`, so that the
 forward product gives `x W' + scale u B'` at once, and the backward one the gradients of x and u at once.
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from luthier.modeling.kernels.panel_products import PanelProducts, Part, can_multiply
+from luthier_cpu.gemm.panel_products import PanelProducts, Part, can_multiply
 
 # Products run well on rows of whole cache lines.
 _ALIGN = 32

@@ -25,7 +25,6 @@ _TOO_FULL = {
     "benchmarks": 16,
     "luthier/cli": 18,
     "luthier/modeling": 16,
-    "luthier/modeling/kernels": 39,
     "luthier/training": 39,
     "services": 35,
     "worker": 25,

@@ -9,9 +9,9 @@ from torch import nn
 
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, Start, Workload, check_tuning, parse_tuning
-from luthier.modeling import kernels
-from luthier.modeling.kernels.panel_products import has_panels
 from luthier.modeling.load import load_base
+from luthier_cpu.codegen import kernels
+from luthier_cpu.gemm.panel_products import has_panels
 from luthier_cpu.training import attention as fused_attention
 from luthier_cpu.training.linear import PanelLinear, WideLinear
 from luthier_cpu.training.llama import FusedLlama, fuse

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.modeling import kernels
-from luthier.modeling.kernels import _threads
+from luthier_cpu.codegen import kernels
+from luthier_cpu.codegen import openmp as _threads
 
 NUM_ROWS, NUM_TOKENS, NUM_KV_HEADS, GROUPS, HEAD_SIZE = 3, 7, 2, 3, 8
 N = NUM_ROWS * NUM_TOKENS
@@ -259,7 +259,7 @@ def test_a_tensor_that_is_not_contiguous_is_refused() -> None:
 
 _SMALL_TEAM = """
 import torch
-from luthier.modeling import kernels
+from luthier_cpu.codegen import kernels
 torch.set_num_threads(2)
 logits, targets = torch.randn(64, 100), torch.arange(64)
 expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.modeling.kernels import pair_attention
-from luthier.modeling.kernels.pair_attention import attend, attend_backward, can_attend
 from luthier_cpu.training import attention as fused_attention
+from luthier_cpu.training import pair_attention
 from luthier_cpu.training.attention import Attention, Heads
+from luthier_cpu.training.pair_attention import attend, attend_backward, can_attend
 
 pytestmark = pytest.mark.skipif(
     not can_attend(torch.zeros(1, 1, 32, dtype=torch.bfloat16)),

@@ -6,9 +6,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from luthier.modeling import kernels
-from luthier.modeling.kernels import _threads, panel_products
-from luthier.modeling.kernels.panel_products import (
+from luthier_cpu.codegen import kernels
+from luthier_cpu.codegen import openmp as _threads
+from luthier_cpu.gemm import panel_products
+from luthier_cpu.gemm.panel_products import (
     MOST_PAIRS,
     PanelProducts,
     Part,

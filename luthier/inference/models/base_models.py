@@ -25,7 +25,7 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.models.artifact_cache import Copy
-from luthier.inference.models.weight_type import choose_dtype, find_dtype, name_of
+from luthier.inference.models.weight_type import choose_dtype, name_of
 from luthier.inference.runners.registry import choose_runner
 from luthier.inference.verification.adapter_check import Text, probe
 from luthier.modeling.load import load_base
@@ -177,7 +177,7 @@ def load(settings: Settings, base_id: str, dtype: torch.dtype | None = None) -> 
     folder = base_folder(settings.bases_dir, base_id)
     device = torch.device(choose_device(settings))
     may_choose = dtype is None and settings.inference_dtype == "auto" and device.type == "cpu"
-    dtype = dtype or choose_dtype(settings, facts, device.type)
+    dtype = dtype or choose_dtype(settings, device.type)
     tokenizer = Tokenizer.load(folder)
     probe_ids = tokenizer.encode("Hello, who is there?")
     load_model = partial(load_weights, folder, dtype=dtype, device=device)
@@ -270,7 +270,7 @@ def choose_device(settings: Settings) -> str:
 
 def weights_bytes(settings: Settings, facts: BaseFacts) -> int:
     """Return the memory that a base's weights will take."""
-    dtype = find_dtype(settings, facts, choose_device(settings)) or torch.float32
+    dtype = choose_dtype(settings, choose_device(settings))
     return facts.num_parameters * dtype.itemsize
 
 

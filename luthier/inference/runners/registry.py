@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from luthier.inference.runners.paged import PagedProvider
 from luthier.inference.runners.reference import ReferenceProvider
-from luthier.modeling.packed_runner import PackedProvider
 from luthier.modeling.protocols import (
     Budget,
     LoadedWeights,
@@ -32,7 +31,6 @@ def find_providers() -> Iterator[tuple[str, RunnerProvider]]:
     """Yield the providers in order of preference, with their names; `reference`, which takes all, is last."""
     for entry in entry_points(group=_GROUP):
         yield entry.name, entry.load()()
-    yield "packed", PackedProvider()
     yield "paged", PagedProvider()
     yield "reference", ReferenceProvider()
 

@@ -1,7 +1,6 @@
 """The training device: its type of weights, threads, memory and speed."""
 
 import resource
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +8,12 @@ from pathlib import Path
 import torch
 
 from luthier.core.cost_model import NUMBER_BYTES, DeviceSpeed, peak_bytes
-from luthier.core.devices import container_limits
+from luthier.core.devices import container_limits, cpu_multiplies_bf16
 from luthier.core.errors import InvalidRequestError, OutOfMemoryError, UnsuitableMachineError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import Precision
 from luthier.methods import parse_tuning
 from luthier.training.output.artifact import Origin
-
-# CPUs that multiply bf16 in hardware: elsewhere bf16 is emulated and slower than float32.
-_BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 
 @dataclass(frozen=True)
@@ -85,15 +81,6 @@ def peak_memory_bytes(device: str) -> int:
 def gpu_multiplies_bf16() -> bool:
     """Whether the CUDA device multiplies bf16 in hardware; older ones emulate it, many times slower."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
-def cpu_multiplies_bf16() -> bool:
-    if sys.platform != "linux":
-        return False
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return not _BF16_CPU_FLAGS.isdisjoint(line.split())
-    return False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,9 +15,9 @@ import torch
 from luthier.core.inference import ModelTarget
 from luthier.core.specs import CANARY_NAME, Canary
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.modeling import kernels
 from luthier.storage.manifests import read_manifest, seal_folder
 from luthier.storage.store import Storage
+from luthier_cpu.codegen import kernels
 from tests import tiny
 from tests.inference_server import BARE, COMPLETIONS
 from tests.integration.inference.test_inference_process import start_process

@@ -15,9 +15,9 @@ from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.runners.registry import choose_runner
 from luthier.methods import Attached, Method, Start, Workload, discover, method_of_artifact, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.modeling.packed_runner import PackedProvider
 from luthier.modeling.protocols import Budget, LoadedWeights
 from luthier.storage.manifests import Manifest, seal_folder
+from luthier_cpu.decode.runner import PackedProvider
 from tests.tiny_shapes import facts_of
 
 PROBE_IDS = [5, 6, 7]

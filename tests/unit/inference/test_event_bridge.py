@@ -9,7 +9,7 @@ import torch
 
 from luthier.inference.engine.event_bridge import EventBridge
 from luthier.inference.engine.sequence import SamplingOptions, Sequence
-from luthier.modeling.kernels._threads import Program
+from luthier_cpu.codegen.openmp import Program
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import load_plain, pack
 from tests.unit.inference.test_scheduler import Ids

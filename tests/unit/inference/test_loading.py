@@ -20,9 +20,9 @@ from luthier.inference.verification.adapter_check import Text, probe
 from luthier.methods import discover
 from luthier.methods.base import Installed
 from luthier.methods.lora import Lora
-from luthier.modeling.packed_runner import PackedRunner
 from luthier.modeling.protocols import AdapterSource, Logits, ScheduledBatch, UnsupportedAdapterError
 from luthier.storage.manifests import read_manifest, seal_folder
+from luthier_cpu.decode.runner import PackedRunner
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import build_shape
 from tests.unit.inference.artifacts import (

@@ -10,7 +10,7 @@ import torch
 from luthier.core.inference import LoanRequest
 from luthier.inference.engine.block_pool import BlockPool, BlockTable
 from luthier.inference.models.memory_limit import MemoryLimit, measure_used
-from luthier.modeling.kernels.page_memory import discard
+from luthier_cpu.codegen.page_memory import discard
 
 
 class FakeMemory:

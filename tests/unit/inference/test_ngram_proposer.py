@@ -18,8 +18,8 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.engine.step import BatchExecutor
-from luthier.modeling.kernels.products import can_tile
-from luthier.modeling.packed_work import Stretch
+from luthier_cpu.decode.batch import Stretch
+from luthier_cpu.gemm.products import can_tile
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import greedy, load_plain, pack
 from tests.unit.inference.test_scheduler import Ids, ServedStub, run_dry

@@ -24,9 +24,9 @@ from luthier.inference.engine.sequence import (
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.verification.adapter_check import verify_adapter
 from luthier.methods import discover, method_of_artifact
-from luthier.modeling.logits import Logits
-from luthier.modeling.packed_work import Stretch
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, RunnerLimits
+from luthier_cpu.decode.batch import Stretch
+from luthier_cpu.decode.logits import Logits
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
     all_tunings,

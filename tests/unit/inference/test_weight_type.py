@@ -1,8 +1,7 @@
-"""Which type a base is served in: the faster one of both numbers of sequences, found once a processor."""
+"""Which type a base is served in, and how models are verified in float32."""
 
 import asyncio
 import gc
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from luthier.core.specs import BaseFacts
 from luthier.inference.models import base_models, loading, weight_type
 from luthier.inference.models.base_models import LoadedBase
-from luthier.inference.models.weight_type import choose_dtype, find_dtype
+from luthier.inference.models.weight_type import choose_dtype
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_tiny
@@ -24,59 +23,20 @@ def facts(tmp_path: Path) -> BaseFacts:
     return BaseFacts.model_validate_json((base_folder / "base.json").read_bytes())
 
 
-@pytest.mark.parametrize(
-    ("bfloat16", "expected"),
-    [([0.5, 0.3], torch.bfloat16), ([0.5, 1.2], torch.float32), ([1.2, 0.3], torch.float32)],
-)
-def test_bfloat16_is_taken_where_it_is_faster_for_1_and_for_16_sequences(
-    tmp_path: Path,
-    facts: BaseFacts,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    bfloat16: list[float],
-    expected: torch.dtype,
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bfloat16_is_taken_where_the_device_multiplies_it_in_hardware(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool
 ) -> None:
-    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(weight_type, "cpu_multiplies_bf16", lambda: has_it)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_it or including_emulation
+    )
     settings = make_settings(tmp_path, inference_dtype="auto")
-    timed = []
-
-    def time_products(folder: Path, *, is_packed: bool) -> list[list[float]]:
-        timed.append((folder.name, is_packed))
-        return [[1.0, 1.0], bfloat16]
-
-    monkeypatch.setattr(weight_type, "_time_products", time_products)
-    assert find_dtype(settings, facts, "cpu") is None
-    assert choose_dtype(settings, facts, "cpu") is expected
-    [line] = [one.getMessage() for one in caplog.records]
-    assert f"is served in {str(expected).removeprefix('torch.')}" in line
-    # Found once for this processor and this base.
-    assert choose_dtype(settings, facts, "cpu") is expected
-    assert timed == [(BASE_ID, True)]
-    other = facts.model_copy(update={"digest": "sha256:" + "b" * 64})
-    assert find_dtype(settings, other, "cpu") is None
-    for asked in ("float32", "bfloat16"):
-        named = settings.model_copy(update={"inference_dtype": asked})
-        assert find_dtype(named, facts, "cpu") is getattr(torch, asked)
-
-
-def test_products_of_both_types_are_timed_for_each_number_of_sequences(
-    tmp_path: Path, facts: BaseFacts
-) -> None:
-    folder = tmp_path / "bases" / facts.id
-    for is_packed in (True, False):
-        found = weight_type._time_products(folder, is_packed=is_packed)
-        assert len(found) == 2
-        assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found)
-
-
-def test_a_gpu_that_only_emulates_bfloat16_serves_in_float32(
-    tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = make_settings(tmp_path, inference_dtype="auto")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert find_dtype(settings, facts, "cuda") is torch.float32
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    assert find_dtype(settings, facts, "cuda") is torch.bfloat16
+    for device in ("cpu", "cuda"):
+        assert choose_dtype(settings, device) is (torch.bfloat16 if has_it else torch.float32)
+        for asked in ("float32", "bfloat16"):
+            named = settings.model_copy(update={"inference_dtype": asked})
+            assert choose_dtype(named, device) is getattr(torch, asked)
 
 
 def test_without_memory_for_the_base_in_float32_a_model_is_verified_in_bfloat16_alone_and_the_log_says_so(
@@ -108,7 +68,7 @@ def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_s
     tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings(tmp_path, inference_dtype="auto")
-    monkeypatch.setattr(weight_type, "_time_products", lambda *_, **__: [[1.0, 1.0], [0.5, 0.5]])
+    monkeypatch.setattr(weight_type, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr(loading, "_EXACT_SECONDS", 0.0)
     base, tuning = base_models.load(settings, BASE_ID), {"type": "lora", "rank": 2}
     folder = tmp_path / "bases" / facts.id

@@ -1,0 +1,244 @@
+"""LLVM's vectors of 16 float32 over float32 or bfloat16 memory, and loops over them.
+
+The compiler's own vectors stop at a conversion of bits in the middle of a sum. All addresses are int64 and
+`like` is a kernel's typed pointer, which says what the rows hold.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import overload
+
+from luthier_cpu.codegen.cpu_features import HAS_PAIRS
+
+I64, I32, I16, F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+LANES = 16
+VECTOR, WIDE_BITS, HALVES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
+
+
+class BFloat16(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+
+def item_size(like):
+    """Return the bytes of one number."""
+
+
+@overload(item_size, inline="always")
+def _item_size_overload(like):
+    size = 2 if like.dtype == types.uint16 else 4
+    return lambda like: size  # noqa: ARG005
+
+
+def call(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+    """Call one of the compiler's own functions by its whole name."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(result, [one.type for one in arguments])
+        function = ir.Function(builder.module, kind, name=name)
+    return builder.call(function, arguments)
+
+
+def prefetch(builder: ir.IRBuilder, place: ir.Value, *, is_nearest: bool = True) -> None:
+    """Ask for a line of memory that is read soon: into the nearest cache, or the one behind it."""
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, I32(0), I32(3 if is_nearest else 2), I32(1)])
+
+
+def constant(kind: ir.Type, number: float) -> ir.Constant:
+    """Return a number of a type, or 16 of them where the type is a vector."""
+    return ir.Constant(kind, [number] * LANES if isinstance(kind, ir.VectorType) else number)
+
+
+def rounded_bits(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return the bits of float32 with the nearest bfloat16, of two the even one, in their upper half."""
+    odd = builder.and_(builder.lshr(bits, constant(bits.type, 16)), constant(bits.type, 1))
+    return builder.add(bits, builder.add(odd, constant(bits.type, 0x7FFF)))
+
+
+def to_bfloat16(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return the bits of the bfloat16 nearest to a float32, or to 16, of two equally near the even one.
+
+    The processor's own instruction takes what is nearer to 0 than normal numbers are for 0.
+    """
+    is_vector = isinstance(value.type, ir.VectorType)
+    halves, bits = (HALVES, WIDE_BITS) if is_vector else (I16, I32)
+    # Of one number by its bits: the compiler makes more of a loop of these.
+    if HAS_PAIRS and is_vector:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(BFloat16(), LANES)), halves)
+    upper = builder.lshr(rounded_bits(builder, builder.bitcast(value, bits)), constant(bits, 16))
+    return builder.trunc(upper, halves)
+
+
+class Memory:
+    """Numbers of one type in memory, read and written as float32.
+
+    Args:
+        builder: where the code goes.
+        is_bfloat16: whether they are bfloat16, else float32.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, *, is_bfloat16: bool) -> None:
+        self._builder = builder
+        self._is_bfloat16 = is_bfloat16
+        self._size = 2 if is_bfloat16 else 4
+        self._held: ir.Type = I16 if is_bfloat16 else F32
+        self._name = "v16i16.p0" if is_bfloat16 else "v16f32.p0"
+
+    def load(self, address: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
+        """Return `lanes` numbers from an index on as one float32 vector, or one float32."""
+        return self._widen(self.load_bits(address, index, lanes), lanes)
+
+    def load_some(self, address: ir.Value, index: ir.Value, mask: ir.Value) -> ir.Value:
+        """Return 16 numbers as `load` does, 0 where the mask is unset: memory is not read there."""
+        held = ir.VectorType(self._held, LANES)
+        arguments = [
+            self._pointer(address, index, held),
+            I32(self._size),
+            mask,
+            ir.Constant(held, [self._held(0)] * LANES),
+        ]
+        return self._widen(call(self._builder, f"llvm.masked.load.{self._name}", held, arguments), LANES)
+
+    def store(self, value: ir.Value, address: ir.Value, index: ir.Value) -> None:
+        """Write a float32 or a vector of 16, each as the nearest number of this memory."""
+        self.store_bits(self._narrow(value), address, index)
+
+    def store_some(self, value: ir.Value, address: ir.Value, index: ir.Value, mask: ir.Value) -> None:
+        """Write 16 numbers as `store` does, but where the mask is unset."""
+        narrow = self._narrow(value)
+        place = self._pointer(address, index, narrow.type)
+        arguments = [narrow, place, I32(self._size), mask]
+        call(self._builder, f"llvm.masked.store.{self._name}", ir.VoidType(), arguments)
+
+    def load_bits(self, address: ir.Value, index: ir.Value, lanes: int) -> ir.Value:
+        """Return one number or 16 as they are held."""
+        held = self._held if lanes == 1 else ir.VectorType(self._held, lanes)
+        return self._builder.load(self._pointer(address, index, held), align=self._size)
+
+    def store_bits(self, held: ir.Value, address: ir.Value, index: ir.Value) -> None:
+        """Write what `load_bits` returned."""
+        self._builder.store(held, self._pointer(address, index, held.type), align=self._size)
+
+    def prefetch(self, address: ir.Value, index: ir.Value) -> None:
+        """Ask for a line of memory that is read soon."""
+        prefetch(self._builder, self._pointer(address, index, ir.IntType(8)))
+
+    def _widen(self, held: ir.Value, lanes: int) -> ir.Value:
+        """Return what is held as float32."""
+        if not self._is_bfloat16:
+            return held
+        builder = self._builder
+        wide = I32 if lanes == 1 else WIDE_BITS
+        bits = builder.shl(builder.zext(held, wide), constant(wide, 16))
+        return builder.bitcast(bits, F32 if lanes == 1 else VECTOR)
+
+    def _narrow(self, value: ir.Value) -> ir.Value:
+        """Return float32 as it is held: of two equally near bfloat16 the even one."""
+        return to_bfloat16(self._builder, value) if self._is_bfloat16 else value
+
+    def _pointer(self, address: ir.Value, index: ir.Value, held: ir.Type) -> ir.Value:
+        builder = self._builder
+        place = builder.add(address, builder.mul(index, I64(self._size)))
+        return builder.inttoptr(place, held.as_pointer())
+
+
+Body = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+
+
+def loop(
+    builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, step: int, carried: list[ir.Value], body: Body
+) -> tuple[ir.Value, list[ir.Value]]:
+    """Emit a loop while `index + step <= end`; return where it stopped and what it carried."""
+    before = builder.block
+    head, inside, after = (builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    index.add_incoming(begin, before)
+    held = [builder.phi(value.type) for value in carried]
+    for phi, value in zip(held, carried, strict=True):
+        phi.add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<=", builder.add(index, I64(step)), end), inside, after)
+    builder.position_at_end(inside)
+    renewed = body(index, held)
+    following = builder.add(index, I64(step))
+    index.add_incoming(following, builder.block)
+    for phi, value in zip(held, renewed, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return index, held
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Return the sum of a vector's 16 numbers, halves added to halves."""
+    for step in (8, 4, 2, 1):
+        others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
+        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, others))
+    return builder.extract_element(vector, I32(0))
+
+
+def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Return a vector of one number 16 times."""
+    single = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
+    vector = builder.insert_element(single, value, I32(0))
+    return builder.shuffle_vector(vector, vector, constant(WIDE_BITS, 0))
+
+
+def number_of_bits(builder: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Return a float32, by its bits in an int64, 16 times."""
+    return broadcast(builder, builder.bitcast(builder.trunc(bits, I32), F32))
+
+
+def multiply_add(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, total: ir.Value) -> ir.Value:
+    """Return a times b plus a total, rounded once where the processor can."""
+    product = builder.fmul(a, b, flags=("contract",))
+    return builder.fadd(product, total, flags=("contract",))
+
+
+def is_bfloat16(like: Any) -> bool:
+    """Whether a kernel's pointer is to bfloat16."""
+    return like.dtype == types.uint16
+
+
+def lanes_below(builder: ir.IRBuilder, count: ir.Value, first: int = 0) -> ir.Value:
+    """Return which of 16 lanes, from a first one on, are below a count."""
+    lanes = ir.Constant(WIDE_BITS, [first + lane for lane in range(LANES)])
+    return builder.icmp_signed("<", lanes, broadcast(builder, builder.trunc(count, I32)))
+
+
+def row_starts(
+    builder: ir.IRBuilder, source: ir.Value, stride: ir.Value, num_rows: ir.Value
+) -> list[ir.Value]:
+    """Return the addresses of 16 rows; for those that there are not, of the last one."""
+    last = builder.sub(num_rows, I64(1))
+    starts = []
+    for row in range(LANES):
+        own = builder.select(builder.icmp_signed("<", I64(row), last), I64(row), last)
+        starts.append(builder.add(source, builder.mul(stride, own)))
+    return starts
+
+
+def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Return 16 vectors of 16 as their columns."""
+    for width in (1, 2, 4, 8):
+        # Of two rows that are `width` apart the odd parts of the first change places with the even ones of
+        # the second.
+        low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
+        high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]
+        found = list(rows)
+        for number in range(LANES):
+            if number & width:
+                continue
+            a, b = rows[number], rows[number + width]
+            found[number] = builder.shuffle_vector(a, b, ir.Constant(WIDE_BITS, low))
+            found[number + width] = builder.shuffle_vector(a, b, ir.Constant(WIDE_BITS, high))
+        rows = found
+    return rows

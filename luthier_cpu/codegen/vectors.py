@@ -1,0 +1,307 @@
+"""Products of vectors in memory, written in LLVM's vectors of 16 float32 over float32 or bfloat16 memory.
+
+The compiler's own vectors stop at a conversion of bits in the middle of a sum; these keep the sums of four
+rows, or of 64 columns, in registers and read each weight once. All addresses are int64, all strides count
+numbers, and `like` is a kernel's typed pointer, which says what the rows hold.
+"""
+
+# What an intrinsic takes is in its arguments, which only the generated code reads.
+# ruff: noqa: ARG001
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from luthier_cpu.codegen.instructions import Machine
+from luthier_cpu.codegen.memory_access import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    VECTOR,
+    Body,
+    Memory,
+    broadcast,
+    is_bfloat16,
+    lanes_below,
+    loop,
+    multiply_add,
+)
+
+# Sums that are kept at a time: as many as hide the time that one multiplication takes.
+_NUM_SUMS = 4
+# How far ahead of their use rows are asked for, in numbers; measured.
+_AHEAD = 1024
+
+
+def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
+    """Return the sums of the numbers of four vectors, as a vector of four."""
+
+    def shuffled(a: ir.Value, b: ir.Value, lanes: list[int]) -> ir.Value:
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def halved(a: ir.Value, b: ir.Value, width: int) -> ir.Value:
+        """Add the upper to the lower half of each part of so many lanes; a's parts come before b's."""
+        low = [start + lane for start in range(0, 2 * LANES, width) for lane in range(width // 2)]
+        high = [lane + width // 2 for lane in low]
+        return builder.fadd(shuffled(a, b, low), shuffled(a, b, high))
+
+    first, second = halved(vectors[0], vectors[1], 16), halved(vectors[2], vectors[3], 16)
+    parts = halved(first, second, 8)
+    for step in (2, 1):
+        others = [lane ^ step for lane in range(LANES)]
+        parts = builder.fadd(parts, shuffled(parts, parts, others))
+    return shuffled(parts, parts, [0, 4, 8, 12])
+
+
+def _emit_dots(
+    builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], num_others: int, rows: Memory, other: Memory
+) -> None:
+    """Emit the products of four rows with each of some vectors; each row is read once."""
+    first, stride, x, x_stride, size, out, out_stride = arguments
+    numbers, others = range(_NUM_SUMS), range(num_others)
+    starts = [builder.mul(stride, I64(number)) for number in numbers]
+    x_starts = [builder.mul(x_stride, I64(number)) for number in others]
+
+    def multiply(lanes: int) -> Body:
+        def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+            factors = [other.load(x, builder.add(start, index), lanes) for start in x_starts]
+            places = [builder.add(start, index) for start in starts]
+            if lanes > 1:
+                # The rows after these, which follow them in memory.
+                ahead = builder.mul(stride, I64(_NUM_SUMS))
+                for place in places:
+                    rows.prefetch(first, builder.add(place, ahead))
+            held = [rows.load(first, place, lanes) for place in places]
+            pairs = [(row, factor) for factor in factors for row in held]
+            return [
+                multiply_add(builder, row, factor, total)
+                for (row, factor), total in zip(pairs, sums, strict=True)
+            ]
+
+        return body
+
+    num_sums = _NUM_SUMS * num_others
+    zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * num_sums
+    index, vectors = loop(builder, I64(0), size, LANES, zeros, multiply(LANES))
+    _, rest = loop(builder, index, size, 1, [F32(0.0)] * num_sums, multiply(1))
+    memory = Memory(builder, is_bfloat16=False)
+    for which in others:
+        own = slice(which * _NUM_SUMS, (which + 1) * _NUM_SUMS)
+        total = sum_four(builder, vectors[own])
+        for row, single in enumerate(rest[own]):
+            both = builder.fadd(builder.extract_element(total, I32(row)), single)
+            total = builder.insert_element(total, both, I32(row))
+        memory.store(total, out, builder.mul(out_stride, I64(which)))
+
+
+@intrinsic
+def dot_rows(_context, first, num_rows, x, size, out, like):
+    """Write the products of rows, which lie one after the other, with x, float32; all are read in order."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        first, num_rows, x, size, out = arguments[:5]
+        rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+        memory = Memory(builder, is_bfloat16=False)
+
+        def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            start = builder.mul(row, size)
+
+            def multiply(lanes: int, num_sums: int) -> Body:
+                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                    places = [builder.add(index, I64(lanes * number)) for number in range(num_sums)]
+                    if num_sums > 1:
+                        ahead = builder.add(builder.add(start, index), I64(_AHEAD))
+                        for line in range(0, num_sums, 2):
+                            rows.prefetch(first, builder.add(ahead, I64(line * LANES)))
+                    return [
+                        multiply_add(
+                            builder,
+                            rows.load(first, builder.add(start, place), lanes),
+                            memory.load(x, place, lanes),
+                            total,
+                        )
+                        for place, total in zip(places, sums, strict=True)
+                    ]
+
+                return body
+
+            zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * _NUM_SUMS
+            width = _NUM_SUMS * LANES
+            index, sums = loop(builder, I64(0), size, width, zeros, multiply(LANES, _NUM_SUMS))
+            index, first_sum = loop(builder, index, size, LANES, sums[:1], multiply(LANES, 1))
+            _, rest = loop(builder, index, size, 1, [F32(0.0)], multiply(1, 1))
+            total = sum_four(builder, [*first_sum, *sums[1:]])
+            for lane in range(_NUM_SUMS):
+                rest = [builder.fadd(rest[0], builder.extract_element(total, I32(lane)))]
+            memory.store(rest[0], out, row)
+            return []
+
+        loop(builder, I64(0), num_rows, 1, [], row_body)
+        return ir.Constant(I64, 0)
+
+    return types.int64(*[types.int64] * 5, like), generate
+
+
+def _dots_with(num_others: int) -> Any:
+    @intrinsic
+    def dots(_context, first, stride, x, x_stride, size, out, out_stride, like):
+        """Write the products of four rows with each of some vectors, which are float32."""
+
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+            other = Memory(builder, is_bfloat16=False)
+            _emit_dots(builder, tuple(arguments[:7]), num_others, rows, other)
+            return ir.Constant(I64, 0)
+
+        return types.int64(*[types.int64] * 7, like), generate
+
+    return dots
+
+
+# By how many vectors: each keeps four sums, 16 in all, for which AVX-512 has the registers.
+dot_four_rows_with_1, dot_four_rows_with_2, dot_four_rows_with_3, dot_four_rows_with_4 = (
+    _dots_with(number) for number in (1, 2, 3, 4)
+)
+
+
+def _emit_additions(
+    builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], num_outs: int, rows: Memory
+) -> None:
+    """Emit the additions of rows, each times a factor, to each of some vectors; each row is read once."""
+    first, stride, factors, factors_stride, num_rows, out, out_stride, size = arguments
+    memory = Memory(builder, is_bfloat16=False)
+    factor_starts = [builder.mul(factors_stride, I64(number)) for number in range(num_outs)]
+    out_starts = [builder.mul(out_stride, I64(number)) for number in range(num_outs)]
+
+    def columns(lanes: int, num_sums: int) -> Body:
+        def body(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            places = [builder.add(column, I64(lanes * number)) for number in range(num_sums)]
+            outs = [builder.add(start, place) for start in out_starts for place in places]
+
+            def row_body(row: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                start = builder.mul(row, stride)
+                if num_sums > 1:
+                    ahead = builder.add(builder.add(start, column), I64(_AHEAD))
+                    for line in range(0, num_sums, 2):
+                        rows.prefetch(first, builder.add(ahead, I64(line * LANES)))
+                held = [rows.load(first, builder.add(start, place), lanes) for place in places]
+                found = [memory.load(factors, builder.add(start, row), 1) for start in factor_starts]
+                if lanes > 1:
+                    found = [broadcast(builder, factor) for factor in found]
+                pairs = [(part, factor) for factor in found for part in held]
+                return [
+                    multiply_add(builder, part, factor, total)
+                    for (part, factor), total in zip(pairs, sums, strict=True)
+                ]
+
+            before = [memory.load(out, place, lanes) for place in outs]
+            _, sums = loop(builder, I64(0), num_rows, 1, before, row_body)
+            for place, total in zip(outs, sums, strict=True):
+                memory.store(total, out, place)
+            return []
+
+        return body
+
+    index, _ = loop(builder, I64(0), size, _NUM_SUMS * LANES, [], columns(LANES, _NUM_SUMS))
+    index, _ = loop(builder, index, size, LANES, [], columns(LANES, 1))
+    loop(builder, index, size, 1, [], columns(1, 1))
+
+
+@intrinsic
+def add_rows(_context, first, stride, factors, num_rows, out, size, like):
+    """Add rows, each times its float32 factor, to the float32 numbers at out."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        first, stride, factors, num_rows, out, size = arguments[:6]
+        places = (first, stride, factors, I64(0), num_rows, out, I64(0), size)
+        _emit_additions(builder, places, 1, Memory(builder, is_bfloat16=is_bfloat16(like)))
+        return ir.Constant(I64, 0)
+
+    return types.int64(*[types.int64] * 6, like), generate
+
+
+def _additions_to(num_outs: int) -> Any:
+    @intrinsic
+    def additions(_context, first, stride, factors, factors_stride, num_rows, out, out_stride, size, like):
+        """Add rows to each of some vectors of float32, each row times a factor for each vector."""
+
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+            _emit_additions(builder, tuple(arguments[:8]), num_outs, rows)
+            return ir.Constant(I64, 0)
+
+        return types.int64(*[types.int64] * 8, like), generate
+
+    return additions
+
+
+add_rows_to_1, add_rows_to_2, add_rows_to_3, add_rows_to_4 = (
+    _additions_to(number) for number in (1, 2, 3, 4)
+)
+
+
+@intrinsic
+def highest_of(_context, numbers, count):
+    """Return the highest of some float32 numbers, at least one; what is no number is passed over."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        numbers, count = arguments
+        floats = Memory(builder, is_bfloat16=False)
+        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
+
+        def higher(a: ir.Value, b: ir.Value) -> ir.Value:
+            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            return [higher(floats.load(numbers, index, LANES), held[0])]
+
+        index, found = loop(builder, I64(0), count, LANES, [lowest], step)
+        mask = lanes_below(builder, builder.sub(count, index))
+        rest = builder.select(mask, floats.load_some(numbers, index, mask), lowest)
+        highest = higher(rest, found[0])
+        for apart in (8, 4, 2, 1):
+            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ apart for lane in range(LANES)])
+            highest = higher(highest, builder.shuffle_vector(highest, highest, others))
+        return builder.extract_element(highest, I32(0))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def ask_for(_context, place, num_lines):
+    """Ask for lines of memory, of 64 bytes, that are read soon."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        lines = Memory(builder, is_bfloat16=False)
+
+        def ask(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            lines.prefetch(arguments[0], index)
+            return []
+
+        num_numbers = builder.mul(arguments[1], I64(LANES))
+        loop(builder, I64(0), num_numbers, LANES, [], ask)
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def ask_behind(_context, place, num_lines):
+    """Ask for lines of memory, of 64 bytes, that are read later, into the cache behind the nearest."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        place, num_lines = arguments
+        machine = Machine(builder)
+
+        def ask(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            machine.prefetch_behind(builder.add(place, builder.mul(line, I64(4 * LANES))))
+            return []
+
+        loop(builder, I64(0), num_lines, 1, [], ask)
+        return ir.Constant(I64, 0)
+
+    return types.int64(types.int64, types.int64), generate

@@ -1,0 +1,301 @@
+"""A Llama-shaped base laid out for serving: packed products, paged keys and values, adapters row by row.
+
+A step runs tokens of many sequences at once: rows of one token, each with an adapter of its own, through the
+kernels of decode/ops.py, and stretches of prompts through products over the whole stretch. All share
+the products with the base's weights, so that these are read once a step. On a CPU a step is a program of
+kernels, of single rows alone one that was written down before (decode/decode_graph.py).
+
+Legend: N tokens of a step (M single ones first, then T of each stretch), D hidden size, E columns of q, k
+and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from luthier_cpu.codegen import kernels
+from luthier_cpu.decode.batch import Buffers, Chunk, Stretch, Work
+from luthier_cpu.decode.batch_layout import (
+    ATTENTION_IN,
+    ATTENTION_OUT,
+    FEED_FORWARD_IN,
+    FEED_FORWARD_OUT,
+    PAGE_SIZE,
+    HeadShape,
+    Pages,
+    SingleRows,
+    TokenRows,
+    token_rows,
+)
+from luthier_cpu.decode.decode_graph import DecodePrograms
+from luthier_cpu.decode.logits import Logits
+from luthier_cpu.decode.ops import CompiledOps, Ops
+from luthier_cpu.decode.reference_ops import PlainOps
+from luthier_cpu.decode.weight_memory import Block, WeightMemory, linears_of, pack_block
+from luthier_cpu.training.llama import is_known_base
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedModel
+
+# The widest rank or bottleneck of an adapter that is served here; wider ones go by the plain path.
+MAX_MIDDLE = 1024
+
+
+def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
+    """Whether a bare base is one that `PackedLlama` runs: a Llama whose every part is known.
+
+    Rotary scalings that change with the length, which would need more than one table, are not.
+    """
+    return is_known_base(causal_lm, "default")
+
+
+class PackedLlama:
+    """The base. Only one thread may call `step` at a time.
+
+    Args:
+        causal_lm: the base, of the kind that `can_pack_llama` tells. It loses the weights of its layers one
+            by one as they are packed, so that they are never in memory twice; it can't be used afterwards.
+        num_pages: pages of keys and values, of `PAGE_SIZE` tokens each.
+    """
+
+    def __init__(self, causal_lm: "LlamaForCausalLM", *, num_pages: int) -> None:
+        config, body = causal_lm.config, causal_lm.model
+        self.embedding_VD: torch.Tensor = body.embed_tokens.weight.detach()
+        self.num_layers = config.num_hidden_layers
+        self._norm_D = body.norm.weight.detach()
+        head_VD = causal_lm.get_output_embeddings().weight.detach()
+        memory = WeightMemory([*(one for layer in body.layers for one in linears_of(layer)), head_VD])
+        self._blocks = [pack_block(layer, memory) for layer in body.layers]
+        self._head = memory.lay(head_VD)
+        size = body.layers[0].self_attn.head_dim
+        positions_1T = torch.arange(config.max_position_embeddings, device=self.embedding_VD.device)[None]
+        # In float32, so that the tables are not rounded to the weights' type.
+        turning = body.rotary_emb(self._norm_D.float()[None, None], position_ids=positions_1T)
+        cosine_TC, sine_TC = (part[0, :, : size // 2].float().contiguous() for part in turning)
+        self.heads = HeadShape(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            size,
+            cosine_TC,
+            sine_TC,
+            float(body.norm.variance_epsilon),
+        )
+        # Positions that a sequence may have.
+        self.context_length = len(cosine_TC)
+        wide, half = config.intermediate_size, config.hidden_size
+        self.site_widths = (*self.heads.widths, half, wide, wide, half)
+        self.ops: Ops = self._make_ops()
+        self.pages = Pages(
+            num_layers=self.num_layers,
+            num_pages=num_pages,
+            num_kv_heads=self.heads.num_kv_heads,
+            head_size=size,
+            like=self._norm_D,
+        )
+        products = (self._head, *(one for block in self._blocks for one in block.products))
+        self._is_tiled = all(one.tiled is not None for one in products)
+        self._programs = DecodePrograms(self) if self._is_tiled else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights, of keys and values, and of adapters."""
+        return self._norm_D.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._norm_D.device
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Logits of a row."""
+        return self._head.num_outputs
+
+    def _make_ops(self) -> Ops:
+        if kernels.is_compiled(self._norm_D):
+            return CompiledOps(self.heads, self.site_widths, self._norm_D, MAX_MIDDLE)
+        return PlainOps(self.heads, self.site_widths)
+
+    def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> Logits:
+        """Run tokens, and put their keys and values into their sequences' pages.
+
+        Args:
+            stretches: of each sequence one, or one of several tokens and a last token after it.
+            on_launch: called when all is prepared, before the long work without the interpreter's lock.
+
+        Returns:
+            Those that each stretch wants, in order; they may be overwritten by the next step.
+
+        Raises:
+            ValueError: when a stretch reaches beyond its pages or the context, or runs by rows and does not
+                want all logits.
+        """
+        for one in stretches:
+            end = one.first + len(one.tokens)
+            # The kernels read and write where these point.
+            if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
+                raise ValueError("A stretch is longer than its pages, or than the context.")
+            if one.by_rows and one.num_logits != len(one):
+                raise ValueError("A stretch that runs by rows wants the logits after each of them.")
+        if self._programs is not None and self._programs.can_run(self, stretches):
+            return self._programs.step(self, stretches, on_launch)
+        return self._step_stretches(stretches, on_launch)
+
+    @torch.inference_mode()
+    def _step_stretches(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None) -> Logits:
+        singles = [one for one in stretches if len(one) == 1]
+        # Those whose tokens attend by themselves come first.
+        chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)
+        rows = SingleRows([one.adapter for one in singles])
+        places = self._place_chunks(chunks, len(singles))
+        tokens = self._place_tokens(singles, chunks)
+        buffers = self.make_buffers(sum(len(one) for one in stretches))
+        self.embed([*singles, *chunks], buffers.stream_ND)
+        work = Work(rows, tokens, places)
+        if self._programs is not None and self._programs.can_write(self, work):
+            self._programs.run_layers(self, buffers, work, on_launch)
+        else:
+            if on_launch is not None:
+                on_launch()
+            self.run_layers(buffers, work)
+        return self._logits(buffers, work, stretches, singles)
+
+    def make_buffers(self, num_tokens: int) -> Buffers:
+        """Return what a step of so many tokens works in."""
+        size, feed_forward = self.embedding_VD.shape[1], self.site_widths[4]
+        stays = (size, size, self.heads.widths[0], feed_forward)
+        written = (size, sum(self.heads.widths), 2 * feed_forward)
+        held = [self._norm_D.new_empty(num_tokens, width) for width in stays]
+        products = [
+            self._norm_D.new_empty(num_tokens, width) if self._is_tiled else None for width in written
+        ]
+        return Buffers(*held, *products)
+
+    def embed(self, stretches: Sequence[Stretch], out_ND: torch.Tensor) -> None:
+        """Write the vectors of stretches' tokens, one stretch after the other."""
+        ids: list[int] = []
+        for one in stretches:
+            ids.extend([0] * len(one) if isinstance(one.tokens, torch.Tensor) else one.tokens)
+        torch.index_select(self.embedding_VD, 0, torch.tensor(ids, device=self.device), out=out_ND)
+        first = 0
+        for one in stretches:
+            if isinstance(one.tokens, torch.Tensor):
+                out_ND[first : first + len(one)] = one.tokens
+            first += len(one)
+
+    def run_layers(self, buffers: Buffers, work: Work) -> None:
+        """Run all blocks over the stream, the last one up to what its tokens attend to."""
+        change_ND: torch.Tensor | None = None
+        for layer, block in enumerate(self._blocks):
+            self.ops.add_norm(buffers.stream_ND, change_ND, block.attention_norm_D, buffers.normed_ND)
+            self._attend(layer, block, buffers, work)
+            if layer < self.num_layers - 1:
+                change_ND = self._go_on(layer, block, buffers, work)
+
+    def finish_layers(self, buffers: Buffers, work: Work) -> torch.Tensor:
+        """Run the rest of the last block, for all tokens or some; return its change [N, D], which is still to
+        be added to the stream."""
+        return self._go_on(self.num_layers - 1, self._blocks[-1], buffers, work)
+
+    def run_head(
+        self,
+        stream_RD: torch.Tensor,
+        change_RD: torch.Tensor,
+        normed_RD: torch.Tensor,
+        out_RV: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the logits [R, V] of rows of the stream, in the weights' type; out as for `PackedLinear`."""
+        self.ops.add_norm(stream_RD, change_RD, self._norm_D, normed_RD)
+        return self._head(normed_RD, out_RV)
+
+    def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> None:
+        normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
+        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, work.following(layer, ATTENTION_IN))
+        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
+        self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
+        if work.stretches is not None:
+            self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
+
+    def _go_on(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
+        """Run a block from what its tokens attend to on."""
+        normed_ND, attended_NK, hidden_NF = buffers.normed_ND, buffers.attended_NK, buffers.hidden_NF
+        out_ND = block.attention_out(attended_NK, buffers.change_ND, work.following(layer, ATTENTION_OUT))
+        self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)
+        self._add_bottlenecks(out_ND, normed_ND, work, layer, 0)
+        self.ops.add_norm(buffers.stream_ND, out_ND, block.feed_forward_norm_D, normed_ND)
+        following = [work.following(layer, sites) for sites in (FEED_FORWARD_IN, FEED_FORWARD_OUT)]
+        gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF, following[0])
+        self._add_low_ranks(gate_up_NF, normed_ND, work, layer, FEED_FORWARD_IN)
+        self.ops.gate(gate_up_NF, hidden_NF)
+        out_ND = block.feed_forward_out(hidden_NF, buffers.change_ND, following[1])
+        self._add_low_ranks(out_ND, hidden_NF, work, layer, FEED_FORWARD_OUT)
+        self._add_bottlenecks(out_ND, normed_ND, work, layer, 1)
+        return out_ND
+
+    def _add_low_ranks(
+        self,
+        out_NO: torch.Tensor,
+        x_NK: torch.Tensor,
+        work: Work,
+        layer: int,
+        sites: slice,
+    ) -> None:
+        if work.rows.has_low_ranks:
+            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites)
+        if work.stretches is not None:
+            self.ops.add_stretches(out_NO, x_NK, work.stretches, layer, sites)
+
+    def _add_bottlenecks(
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, work: Work, layer: int, half: int
+    ) -> None:
+        if work.rows.has_bottlenecks:
+            self.ops.add_bottleneck(out_ND, input_ND, work.rows, layer, half)
+        for chunk in work.chunks:
+            adapter = chunk.stretch.adapter
+            site = adapter.bottlenecks[layer][half] if adapter is not None else None
+            if site is not None:
+                site.add_to(out_ND[chunk.tokens], input_ND[chunk.tokens])
+
+    def _logits(
+        self, buffers: Buffers, work: Work, stretches: Sequence[Stretch], singles: list[Stretch]
+    ) -> Logits:
+        """Run the last block to its end, for the wanted logits alone unless some lie within a stretch."""
+        begins = {id(one): row for row, one in enumerate(singles)}
+        begins |= {id(chunk.stretch): chunk.tokens.start for chunk in work.chunks}
+        wanted = [begins[id(one)] + place for one in stretches for place in one.wanted]
+        if not wanted:
+            return Logits(self.embedding_VD.new_empty(0, self.vocabulary_size), [])
+        wanted_R = torch.tensor(wanted, device=self.device)
+        if any(one.wants_all_logits or one.num_first_logits for one in stretches):
+            # As the stretch that they are: a model is verified by what the kernels of stretches compute.
+            change_ND = self.finish_layers(buffers, work)
+            stream_RD, change_RD = buffers.stream_ND[wanted_R], change_ND[wanted_R]
+        else:
+            own = self.make_buffers(len(wanted))
+            for name in ("stream_ND", "normed_ND", "attended_NK"):
+                torch.index_select(getattr(buffers, name), 0, wanted_R, out=getattr(own, name))
+            rows = SingleRows([one.adapter for one in stretches for _ in one.wanted])
+            # Nothing attends any more: the tokens, which are others than these, are not read.
+            stream_RD, change_RD = own.stream_ND, self.finish_layers(own, Work(rows, work.tokens))
+        return Logits.of(self.run_head(stream_RD, change_RD, torch.empty_like(stream_RD)))
+
+    def _attends_at_once(self, chunk: Stretch) -> bool:
+        return chunk.first + len(chunk) > self.ops.max_alone
+
+    def _place_tokens(self, singles: Sequence[Stretch], chunks: Sequence[Stretch]) -> TokenRows:
+        alone = sum(len(one) for one in chunks if not self._attends_at_once(one))
+        return token_rows(
+            [(one.first, len(one), one.pages) for one in (*singles, *chunks)],
+            device=self.device,
+            num_attending=len(singles) + alone,
+            are_alone=not chunks,
+        )
+
+    def _place_chunks(self, chunks: Sequence[Stretch], start: int) -> list[Chunk]:
+        places = []
+        for one in chunks:
+            tokens = slice(start, start + len(one))
+            start = tokens.stop
+            places.append(Chunk(one, tokens))
+        return places

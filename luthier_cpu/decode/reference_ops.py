@@ -1,0 +1,148 @@
+"""What a decode step does between its products in torch's operators: any device, and no compiler.
+
+Legend: N tokens, M rows of one token, D hidden size, K inputs and O outputs of a site, E columns of q, k
+and v.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from luthier_cpu.codegen import kernels
+from luthier_cpu.decode.batch_layout import (
+    PAGE_SIZE,
+    Described,
+    HeadShape,
+    Pages,
+    SingleRows,
+    StretchRows,
+    TokenRows,
+    turn,
+)
+from luthier_cpu.training import reference_ops as _plain
+
+
+class PlainOps:
+    """What `serving.Ops` asks for.
+
+    Args:
+        site_widths: outputs of each of the seven sites.
+    """
+
+    max_alone = 1
+
+    def __init__(self, shape: HeadShape, site_widths: Sequence[int]) -> None:
+        self._shape, self._widths = shape, list(site_widths)
+
+    def add_norm(
+        self,
+        stream_ND: torch.Tensor,
+        change_ND: torch.Tensor | None,
+        weight_D: torch.Tensor,
+        out_ND: torch.Tensor,
+    ) -> None:
+        """Add the change to the stream, and write the normed and weighted sum."""
+        if change_ND is not None:
+            stream_ND += change_ND
+        _plain.rms_norm(stream_ND, weight_D, self._shape.epsilon, out_ND)
+
+    def attend(
+        self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
+    ) -> None:
+        """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
+        positions_N, pages_NW = tokens.positions_N, tokens.pages_NW
+        parts = qkv_NE.split(self._shape.widths, dim=-1)
+        query, key, value = (part.unflatten(-1, (-1, self._shape.size)) for part in parts)
+        query, key = (turn(one, positions_N, self._shape) for one in (query, key))
+        own_N = pages_NW.gather(1, (positions_N // PAGE_SIZE)[:, None])[:, 0]
+        pages.write(layer, own_N, positions_N % PAGE_SIZE, key, value)
+        groups = self._shape.num_heads // self._shape.num_kv_heads
+        for row, position in enumerate(positions_N[: tokens.num_attending].tolist()):
+            own_W = pages_NW[row, : position // PAGE_SIZE + 1]
+            keys, values = pages.gather(layer, own_W, position + 1)
+            by_head = query[row].view(self._shape.num_kv_heads, groups, self._shape.size)
+            scores = torch.bmm(by_head.float(), keys.float().transpose(1, 2)) * self._shape.size**-0.5
+            mixed = torch.bmm(torch.softmax(scores, dim=-1), values.float())
+            out_NK[row] = mixed.reshape(-1).to(out_NK.dtype)
+
+    def attend_stretches(
+        self,
+        qkv_NE: torch.Tensor,
+        tokens: TokenRows,
+        stretches: StretchRows,
+        pages: Pages,
+        layer: int,
+        out_NK: torch.Tensor,
+    ) -> None:
+        """Let stretches that attend at once do so, their keys and values in their pages."""
+        attend_at_once(qkv_NE, tokens, stretches, pages, layer, self._shape, out_NK)
+
+    def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
+        """Write silu(gate) * up."""
+        _plain.gated_silu(gate_up_NF, out_NF, out_NF.shape[1])
+
+    def add_low_rank(
+        self,
+        out_NO: torch.Tensor,
+        x_NK: torch.Tensor,
+        rows: SingleRows,
+        layer: int,
+        sites: slice,
+    ) -> None:
+        """Add the rows' low-rank updates to the first M results of layers that share an input."""
+        for adapter, own in _by_adapter(rows):
+            part = out_NO[own]
+            adapter.add_low_ranks_to(part, x_NK[own], layer, sites, self._widths)
+            out_NO[own] = part
+
+    def add_stretches(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
+    ) -> None:
+        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
+        stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths)
+
+    def add_bottleneck(
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
+    ) -> None:
+        """Add the rows' bottlenecks to the first M results of a half (0 attention, 1 feed-forward)."""
+        for adapter, own in _by_adapter(rows):
+            site = adapter.bottlenecks[layer][half]
+            if site is not None:
+                part = out_ND[own]
+                site.add_to(part, input_ND[own])
+                out_ND[own] = part
+
+
+def _by_adapter(rows: SingleRows) -> list[tuple[Described, list[int]]]:
+    found: dict[int, tuple[Described, list[int]]] = {}
+    for row, adapter in enumerate(rows.adapters):
+        if adapter is not None:
+            found.setdefault(id(adapter), (adapter, []))[1].append(row)
+    return list(found.values())
+
+
+def attend_at_once(
+    qkv_NE: torch.Tensor,
+    tokens: TokenRows,
+    stretches: StretchRows,
+    pages: Pages,
+    layer: int,
+    shape: HeadShape,
+    out_NK: torch.Tensor,
+) -> None:
+    """Let stretches whose tokens do not attend one by one attend to all of their sequences so far."""
+    for own, first in zip(stretches.tokens, stretches.positions, strict=True):
+        if own.start < tokens.num_attending:
+            continue
+        num_tokens = own.stop - own.start
+        end = first + num_tokens
+        query_TK = qkv_NE[own, : shape.widths[0]]
+        query = turn(query_TK.unflatten(-1, (-1, shape.size)), tokens.positions_N[own], shape)
+        pages_W = tokens.pages_NW[own.start, : -(-end // PAGE_SIZE)]
+        keys, values = pages.gather(layer, pages_W, end)
+        # The query heads of a key head are its rows.
+        by_head = (query * shape.size**-0.5).view(num_tokens, shape.num_kv_heads, -1, shape.size)
+        by_head = by_head.permute(1, 2, 0, 3).reshape(shape.num_kv_heads, -1, shape.size)
+        weights = kernels.causal_softmax_(torch.bmm(by_head, keys.transpose(1, 2)), num_tokens, first)
+        mixed = torch.bmm(weights, values).view(shape.num_kv_heads, -1, num_tokens, shape.size)
+        out_NK[own] = mixed.permute(2, 0, 1, 3).reshape(num_tokens, -1)
