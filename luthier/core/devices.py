@@ -13,18 +13,18 @@ from pathlib import Path
 
 from luthier.core.settings import Settings
 
-# Where a container's limit stands, in the second and the first version of control groups.
+# A container's memory limit, in control groups v2 and v1.
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _DEFAULT_RESERVED_SHARE = 10
 # NVML_DEVICE_UUID_V2_BUFFER_SIZE
 _UUID_BYTES = 96
-# There where a driver of GPUs is loaded, whether or not any is used.
+# Exists where a GPU driver is loaded.
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Device:
-    """A memory that training and serving share, split between them.
+    """A device's memory, split between training and serving.
 
     `name` is `cpu`, or a GPU's UUID: its number says which it is in one container alone.
     """
@@ -36,7 +36,7 @@ class Device:
 
     @property
     def total_bytes(self) -> int:
-        """What the service may use of it."""
+        """Memory that the service may use."""
         return self.training_bytes + self.serving_bytes
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ class SampleAnswer(Frozen):
 
 
 class Evaluation(Frozen):
-    """Scores of the model after a step; step 0 is what the job started from: the base, or a tuned model.
+    """Scores of the model after a step; step 0 is the start: the base, or a tuned model.
 
     `valid_*` are over the validation rows, absent without any; the rewards are those of dpo
     (luthier.core.events.Metrics). `general_loss` is over the bundled general text; `forgetting` is that
@@ -40,7 +40,7 @@ class Evaluation(Frozen):
 
     @property
     def scores(self) -> dict[str, float]:
-        """What was measured of the model itself, by name."""
+        """The scores of the model itself, by name."""
         measured = {"valid_loss", "valid_mean_token_accuracy", "general_loss"}
         found: dict[str, float] = self.model_dump(include=measured, exclude_none=True)
         return found
@@ -57,7 +57,7 @@ class PhaseSeconds(Frozen):
 
 
 class StartedFrom(Frozen):
-    """The tuned model that a job went on from: its name when the job was made, its artifact's digest."""
+    """The tuned model that a job continued from: its name when the job was made, its artifact's digest."""
 
     name: str
     digest: str
@@ -66,10 +66,10 @@ class StartedFrom(Frozen):
 class RunReport(Frozen):
     """The training child's part of a job's report, complete at every evaluation.
 
-    `path` is the code that ran the layers: fused or plain. `stopped_early` says why training ended before
-    its last step. `result_step` is the step whose weights became the model. `full_copy_bytes` is what the
+    `path` is the code that ran the layers: fused or plain. `stopped_early` is why training ended before its
+    last step. `result_step` is the step whose weights became the model. `full_copy_bytes` is what the
     same model would take as a whole copy of the base in the type that it was trained in. `started_from` and
-    `base_evaluation`, the untuned base's scores, are there for jobs that went on from a tuned model.
+    `base_evaluation`, the untuned base's scores, exist for jobs that continued from a tuned model.
     """
 
     method: str
@@ -200,7 +200,7 @@ class FinishedEvent(_Event):
 
 
 class StoppedEvent(_Event):
-    """TERM was honoured: the step was finished and a save point written."""
+    """Training stopped by TERM after finishing a step and writing a save point."""
 
     type: Literal["stopped"] = "stopped"
     step: int
@@ -213,7 +213,7 @@ class ProgressEvent(_Event):
 
 
 class MessageEvent(_Event):
-    """A sentence for the user, such as a save point that was damaged and skipped."""
+    """A sentence for the user, such as that a damaged save point was skipped."""
 
     type: Literal["message"] = "message"
     level: Literal["info", "warn", "error"]

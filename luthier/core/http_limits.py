@@ -19,8 +19,8 @@ from luthier.core.settings import Settings
 # Connections beyond the limit that are answered 503; any further one is closed at once.
 _NUM_REFUSED = 256
 _MAX_OPEN_FILES = 65536
-# A body is looked at so often within the time that it may be silent. Of a large one fewer bytes than these
-# are silence: a file that trickles would hold its place among those being checked for days.
+# Checks of a body within its timeout. A large body with fewer new bytes than the minimum counts as silent:
+# a trickling file would occupy its check for days.
 _NUM_LOOKS = 4
 _LARGE_BODY_BYTES = 256 * 1024
 _MIN_BYTES_A_LOOK = 1024
@@ -31,7 +31,7 @@ _BUSY_RESPONSE = JSONResponse(_busy.to_body(), _busy.http_status, {"retry-after"
 
 @dataclass(frozen=True)
 class HttpLimits:
-    """What one connection may hold of a server, and how many there may be. Times in seconds."""
+    """Limits of one connection, and their number. Times in seconds."""
 
     max_connections: int
     max_header_bytes: int
@@ -51,7 +51,7 @@ def limited_protocol(settings: Settings) -> type[HttpToolsProtocol]:
 
 
 def raise_open_file_limit() -> None:
-    """Let this process open as many files and connections as the system allows it."""
+    """Raise this process's limit of open files as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _MAX_OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -67,11 +67,11 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
     """
 
     limits: ClassVar[HttpLimits]
-    # Without a request at the moment, the longest first: they give way where too many are open.
+    # Connections without a request, the longest idle first: they are closed where too many are open.
     idle: ClassVar[dict["_LimitedHttpProtocol", None]]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start to wait for headers."""
+        """Start the timeout of the headers."""
         super().connection_made(transport)
         self._num_header_bytes = 0
         self._awaits_headers = True
@@ -100,7 +100,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; of headers no more than the limit."""
+        """Parse the bytes; of headers no more than the limit."""
         while data and not self.transport.is_closing():
             piece, data = data, b""
             if self._awaits_headers:
@@ -129,13 +129,13 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """Wait for the headers of the next request, without a limit of time until its first byte."""
+        """Wait for the next request, without a timeout until its first byte."""
         self._disarm()
         self._awaits_headers = True
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
+        """Count the connection as idle."""
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self.idle[self] = None

@@ -1,4 +1,4 @@
-"""What the service and the inference server say to each other beside OpenAI's protocol.
+"""The internal protocol between service and inference server, beside OpenAI's.
 
 The API names its target in headers. A worker borrows memory for a job.
 """
@@ -18,11 +18,9 @@ HEADER_FOUNDATION_DIGEST = "x-luthier-foundation-digest"
 HEADER_MODEL = "x-luthier-model"
 HEADER_PROJECT = "x-luthier-project"
 HEADER_PINNED = "x-luthier-pinned"
-# What an answer used: of a whole one all of it, of a stream what its prompts took. A request with it asks a
-# stream for an event that says what it used in all.
+# The usage of an answer; of a stream that of its prompts. On a request it asks for a final usage event.
 HEADER_USAGE = "x-luthier-usage"
-# Begins that event, a comment, which the API takes out. No text of an answer looks like it: a line break
-# is escaped in JSON.
+# Begins that event, a comment that the API removes. Line breaks in an answer's text are escaped in JSON.
 USAGE_EVENT = b": usage "
 
 
@@ -48,12 +46,12 @@ class TokenUsage(NamedTuple):
 
 
 class ModelTarget(BaseModel):
-    """What a public model name resolved to, once per request.
+    """The target that a public model name resolved to, once per request.
 
     `artifact` is the storage prefix of the artifact folder and `digest` its manifest's digest; both are
-    None for a bare base. `foundation` and `foundation_digest` are the same of the whole model that the
-    artifact lies on, where that is not the base itself. `model` is the public name, which answers repeat. A
-    pinned model stays in memory from then on, until a request says that it is none.
+    None for a bare base. `foundation` and `foundation_digest` are the same of the full model below the
+    artifact, where that is not the base itself. `model` is the public name, which answers repeat. A pinned
+    model stays in memory until a request for it is not pinned.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -66,7 +64,7 @@ class ModelTarget(BaseModel):
     foundation: str | None = None
     foundation_digest: str | None = None
     is_pinned: bool = False
-    # The name of what answers, where `model` is an alias or a mapped name; the server does not need it.
+    # The resolved name where `model` is an alias or a mapped name; the server does not need it.
     resolved_model: str | None = None
 
     def to_headers(self) -> dict[str, str]:
@@ -88,10 +86,10 @@ class ModelTarget(BaseModel):
 
 
 class LoanRequest(BaseModel):
-    """A request for bytes of a server's idle KV cache for a job on the same device; it replaces that loan.
+    """A request for bytes of a server's idle KV cache for a job on the same device; replaces an earlier loan.
 
-    `hostname` is None where the server is known to be on the job's machine. Less than `least_bytes` is of no
-    use; 0 for `num_bytes` gives the loan back. It lapses after `seconds`.
+    `hostname` is None where the server is on the job's machine. Less than `least_bytes` is useless; 0 for
+    `num_bytes` returns the loan, which lapses after `seconds`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,7 +103,7 @@ class LoanRequest(BaseModel):
 
 
 class MemoryLoan(BaseModel):
-    """What a server lends, 0 where it lends nothing."""
+    """The bytes that a server lends; 0 for none."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,6 +1,6 @@
-"""How many values a JSON text has, counted in its bytes before any is made: each takes fifty bytes."""
+"""A bound on the number of values of a JSON text before it is parsed: each takes fifty bytes."""
 
-# Of one request, or one row of a file: token ids of a batch of prompts are the most that a client needs.
+# Limit of one request or row: token ids of a batch of prompts are the most that a client needs.
 MAX_VALUES = 250_000
 
 

@@ -166,7 +166,7 @@ def write_bottlenecks(
 def read_bottlenecks(
     causal_lm: "PreTrainedModel", folder: Path
 ) -> tuple[list[Site], list[Bottleneck], dict[str, Any]]:
-    """Read an artifact's bottlenecks, frozen, on the base's device; the base is not touched.
+    """Read an artifact's bottlenecks, frozen, on the base's device; the base is not changed.
 
     Returns:
         Their sites, they themselves in evaluation mode, and the configuration.
@@ -174,20 +174,17 @@ def read_bottlenecks(
     Raises:
         ArtifactCorruptError: when files are missing or don't fit the base.
     """
+    config, parts = _read(folder, causal_lm.config.get_text_config().hidden_size)
+    sites = [
+        Site(str(one["name"]), part.module) for one, part in zip(config["bottlenecks"], parts, strict=True)
+    ]
     try:
-        config = json.loads((folder / CONFIG_NAME).read_bytes())
-        weights = load_file(folder / WEIGHTS_NAME)
-        sites = [Site(str(one["name"]), str(one["module"])) for one in config["bottlenecks"]]
         known = find_sites(causal_lm, config["placement"])
-        shape = config["hidden_size"], config["bottleneck_dim"]
-        is_ours = (config["adapter_type"], config["format_version"]) == (ADAPTER_TYPE, FORMAT_VERSION)
-        if not is_ours or sites != known or config["activation"] not in ACTIVATIONS:
-            raise ArtifactCorruptError("The adapter's configuration does not fit this base.")
-        bottlenecks = [_filled(site.name, shape, config, weights) for site in sites]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, InvalidValueError) as error:
+    except InvalidValueError as error:
         raise ArtifactCorruptError("The adapter's files can't be read for this base.") from error
-    if weights or shape[0] != causal_lm.config.get_text_config().hidden_size:
-        raise ArtifactCorruptError("The adapter holds other tensors than this base has places for.")
+    if sites != known:
+        raise ArtifactCorruptError("The adapter's configuration does not fit this base.")
+    bottlenecks = [_filled(part, config["placement"]) for part in parts]
     return sites, [one.to(causal_lm.device).requires_grad_(False).eval() for one in bottlenecks], config
 
 
@@ -197,6 +194,11 @@ def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
     Raises:
         ArtifactCorruptError: when the files can't be read or don't fit the base.
     """
+    return ServedParts(bottlenecks=_read(folder, shape.hidden_size)[1])
+
+
+def _read(folder: Path, hidden_size: int) -> tuple[dict[str, Any], tuple[BottleneckPart, ...]]:
+    """Return an artifact's configuration and its bottlenecks, in the order of the configuration."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
         weights = load_file(folder / WEIGHTS_NAME)
@@ -207,34 +209,25 @@ def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
         parts = tuple(_read_part(one, size, config, weights) for one in config["bottlenecks"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ArtifactCorruptError("The adapter's files can't be read for this base.") from error
-    if weights or config["hidden_size"] != shape.hidden_size or not parts:
+    if weights or size[0] != hidden_size or not parts:
         raise ArtifactCorruptError("The adapter holds other tensors than this base has places for.")
-    return ServedParts(bottlenecks=parts)
+    return config, parts
 
 
 def _read_part(
     one: dict[str, str], size: tuple[int, int], config: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> BottleneckPart:
+    """Take the tensors of one bottleneck out of `weights`."""
     hidden, middle = size
-    expected = {
-        "down.weight": (middle, hidden),
-        "down.bias": (middle,),
-        "up.weight": (hidden, middle),
-        "up.bias": (hidden,),
-    }
-    tensors = {name: weights.pop(f"{one['name']}.{name}") for name in expected}
-    for name, wanted in expected.items():
-        if tensors[name].shape != wanted or tensors[name].dtype != torch.float32:
-            raise ArtifactCorruptError("A tensor of the adapter has another shape or type.")
-    return BottleneckPart(
-        module=str(one["module"]),
-        down_MD=tensors["down.weight"],
-        down_M=tensors["down.bias"],
-        up_DM=tensors["up.weight"],
-        up_D=tensors["up.bias"],
-        activation=config["activation"],
-        is_parallel=config["placement"] == "parallel",
-    )
+    shapes = ((middle, hidden), (middle,), (hidden, middle), (hidden,))
+    tensors = [weights.pop(f"{one['name']}.{part}") for part in _PARTS]
+    for part, tensor, shape in zip(_PARTS, tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            name = f"{one['name']}.{part}"
+            raise ArtifactCorruptError(f"The adapter's tensor {name} has another shape or type.")
+    down_MD, down_M, up_DM, up_D = tensors
+    is_parallel = config["placement"] == "parallel"
+    return BottleneckPart(str(one["module"]), down_MD, down_M, up_DM, up_D, config["activation"], is_parallel)
 
 
 def take_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> None:
@@ -288,16 +281,11 @@ class InstalledBottlenecks(Installed):
         self._places = []
 
 
-def _filled(
-    name: str, shape: tuple[int, int], config: dict[str, Any], weights: dict[str, torch.Tensor]
-) -> Bottleneck:
-    """Build one bottleneck from an artifact's tensors, which are taken out of `weights`."""
+def _filled(read: BottleneckPart, placement: str) -> Bottleneck:
+    """Return a module with the tensors of an artifact."""
     with torch.device("meta"):
-        bottleneck = Bottleneck(*shape, activation=config["activation"], placement=config["placement"])
-    for part in _PARTS:
-        tensor, expected = weights.pop(f"{name}.{part}"), bottleneck.get_parameter(part)
-        if tensor.shape != expected.shape or tensor.dtype != torch.float32:
-            raise ArtifactCorruptError(f"The adapter's tensor {name}.{part} has another shape or type.")
+        bottleneck = Bottleneck(*read.up_DM.shape, activation=read.activation, placement=placement)
+    for part, tensor in zip(_PARTS, (read.down_MD, read.down_M, read.up_DM, read.up_D), strict=True):
         owner, _, attribute = part.partition(".")
         setattr(bottleneck.get_submodule(owner), attribute, nn.Parameter(tensor))
     return bottleneck

@@ -49,7 +49,6 @@ class VirtualTokenMethod(Method):
 
     peft_type: ClassVar[str]
     most_auto_tokens: ClassVar[int]
-    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
     starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
     loading: ClassVar[str] = (

@@ -74,6 +74,7 @@ class Prefix(VirtualTokenMethod):
     name: ClassVar[str] = "prefix"
     title: ClassVar[str] = "Prefix tuning: trained keys and values before every layer's own"
     Params: ClassVar[type[MethodParams]] = PrefixParams
+    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     most_auto_tokens: ClassVar[int] = max(_AUTO_TOKENS)
 

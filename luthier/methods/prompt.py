@@ -55,6 +55,7 @@ class Prompt(VirtualTokenMethod):
     name: ClassVar[str] = "prompt"
     title: ClassVar[str] = "Prompt tuning: trained input vectors before the sequence"
     Params: ClassVar[type[MethodParams]] = PromptParams
+    shaping_params: ClassVar[frozenset[str]] = frozenset({"num_virtual_tokens"})
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     most_auto_tokens: ClassVar[int] = _AUTO_TOKENS
     # What moves is so little that it is slow: on labels nine passes gave three times the accuracy that three
