@@ -13,8 +13,8 @@ HEADER_TOKEN = "x-luthier-token"
 HEADER_BASE = "x-luthier-base"
 HEADER_ARTIFACT = "x-luthier-artifact"
 HEADER_DIGEST = "x-luthier-digest"
-HEADER_FOUNDATION = "x-luthier-foundation"
-HEADER_FOUNDATION_DIGEST = "x-luthier-foundation-digest"
+HEADER_FULL_MODEL = "x-luthier-foundation"
+HEADER_FULL_MODEL_DIGEST = "x-luthier-foundation-digest"
 HEADER_MODEL = "x-luthier-model"
 HEADER_PROJECT = "x-luthier-project"
 HEADER_PINNED = "x-luthier-pinned"
@@ -49,7 +49,7 @@ class ModelTarget(BaseModel):
     """The target that a public model name resolved to, once per request.
 
     `artifact` is the storage prefix of the artifact folder and `digest` its manifest's digest; both are
-    None for a bare base. `foundation` and `foundation_digest` are the same of the full model below the
+    None for a bare base. `full_model` and `full_model_digest` are the same of the full model below the
     artifact, where that is not the base itself. `model` is the public name, which answers repeat. A pinned
     model stays in memory until a request for it is not pinned.
     """
@@ -61,8 +61,8 @@ class ModelTarget(BaseModel):
     project_id: str
     artifact: str | None = None
     digest: str | None = None
-    foundation: str | None = None
-    foundation_digest: str | None = None
+    full_model: str | None = None
+    full_model_digest: str | None = None
     is_pinned: bool = False
     # The resolved name where `model` is an alias or a mapped name; the server does not need it.
     resolved_model: str | None = None
@@ -77,9 +77,9 @@ class ModelTarget(BaseModel):
         if self.artifact is not None and self.digest is not None:
             headers[HEADER_ARTIFACT] = self.artifact
             headers[HEADER_DIGEST] = self.digest
-        if self.foundation is not None and self.foundation_digest is not None:
-            headers[HEADER_FOUNDATION] = self.foundation
-            headers[HEADER_FOUNDATION_DIGEST] = self.foundation_digest
+        if self.full_model is not None and self.full_model_digest is not None:
+            headers[HEADER_FULL_MODEL] = self.full_model
+            headers[HEADER_FULL_MODEL_DIGEST] = self.full_model_digest
         if self.is_pinned:
             headers[HEADER_PINNED] = "1"
         return headers

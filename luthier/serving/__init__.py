@@ -6,7 +6,7 @@ import pkgutil
 from luthier.core.errors import LuthierError
 from luthier.core.settings import Settings
 from luthier.serving.base import Backend
-from luthier.serving.router import SeveralBackends
+from luthier.serving.router import ReplicaRouter
 
 
 def list_backends() -> list[str]:
@@ -31,7 +31,7 @@ def open_all(settings: Settings) -> Backend:
     opened = [open_backend(settings.inference_backend, url, token, settings) for url in urls]
     if not opened:
         raise LuthierError("LUTHIER_INFERENCE_URL is empty; it must name one inference server at least.")
-    return opened[0] if len(opened) == 1 else SeveralBackends(dict(zip(urls, opened, strict=True)))
+    return opened[0] if len(opened) == 1 else ReplicaRouter(dict(zip(urls, opened, strict=True)))
 
 
 def open_backend(name: str, url: str, token: str, settings: Settings | None = None) -> Backend:

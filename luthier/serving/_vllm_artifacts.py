@@ -14,7 +14,7 @@ from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, Unsup
 from luthier.core.inference import ModelTarget
 from luthier.core.settings import Settings
 from luthier.core.specs import CANARY_NAME, Canary
-from luthier.inference.models.artifact_cache import Copy, drop_unused, fetch_artifact, mark_used
+from luthier.inference.models.artifact_cache import CachedArtifact, drop_unused, fetch_artifact, mark_used
 from luthier.methods import method_of_artifact
 from luthier.methods._peft import CONFIG_NAME
 from luthier.serving._vllm_wire import served_name
@@ -72,8 +72,8 @@ class Artifacts:
         facts = find_base_facts(self._settings.bases_dir, base_id)
         return None if facts is None else facts.digest
 
-    def _check_base(self, copy: Copy, target: ModelTarget) -> None:
-        beneath = target.foundation_digest or self.base_digest(target.base_id)
+    def _check_base(self, copy: CachedArtifact, target: ModelTarget) -> None:
+        beneath = target.full_model_digest or self.base_digest(target.base_id)
         if beneath is not None and read_manifest(copy.folder).base_digest != beneath:
             raise ArtifactCorruptError("The artifact was trained on another version of the base model.")
 

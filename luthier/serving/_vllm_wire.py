@@ -75,7 +75,7 @@ _OURS = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 _ANSWER_FIELDS = ("id", "object", "created", "model", "choices", "usage")
 _CHOICE_FIELDS = ("index", "message", "delta", "text", "logprobs", "finish_reason")
 _MESSAGE_FIELDS = ("role", "content", "refusal", "tool_calls")
-_MAX_TOLD_CHARS = 300
+_MAX_MESSAGE_CHARS = 300
 
 
 def read_request(path: str, body: bytes, *, max_tokens_default: int) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def read_error(status: int, content: bytes) -> LuthierError:
     """Return vLLM's refusal as one of ours."""
     try:
         told = json.loads(content)["error"]
-        message, param = str(told["message"])[:_MAX_TOLD_CHARS], told.get("param")
+        message, param = str(told["message"])[:_MAX_MESSAGE_CHARS], told.get("param")
         status = int(told.get("code", status))
     except (ValueError, KeyError, TypeError, AttributeError):
         message, param = "it gave no reason.", None

@@ -67,7 +67,7 @@ class _Server:
         """Whether it can answer for a model; also where that is not known."""
         if self._health is None or self._health.serves is None:
             return True
-        beneath = target.foundation_digest or target.base_id
+        beneath = target.full_model_digest or target.base_id
         return not self._health.serves.isdisjoint({beneath, target.digest or beneath})
 
     def holds(self, name: str, now: float) -> bool:
@@ -107,7 +107,7 @@ class _Server:
         self._sent.clear()
 
 
-class SeveralBackends:
+class ReplicaRouter:
     """Choose a server for each request.
 
     Args:

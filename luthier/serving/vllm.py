@@ -130,7 +130,7 @@ class VllmBackend:
         """Return the name by which vLLM answers for a model, an adapter loaded, and what releases it."""
         served = await self._list_lately()
         beneath = (
-            target.base_id if target.foundation_digest is None else served_name(target.foundation_digest)
+            target.base_id if target.full_model_digest is None else served_name(target.full_model_digest)
         )
         if target.digest is not None and served_name(target.digest) in served.bases:
             return served_name(target.digest), _nothing

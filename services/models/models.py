@@ -84,8 +84,8 @@ def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: 
             project_id=principal.project_id,
             artifact=model.artifact_key,
             digest=model.artifact_digest,
-            foundation=None if full_model is None else full_model.artifact_key,
-            foundation_digest=None if full_model is None else full_model.artifact_digest,
+            full_model=None if full_model is None else full_model.artifact_key,
+            full_model_digest=None if full_model is None else full_model.artifact_digest,
             is_pinned=model.pinned_at is not None,
             resolved_model=model.name,
         )

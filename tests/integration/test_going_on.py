@@ -238,7 +238,7 @@ def test_a_method_on_a_whole_model_is_served_on_it_and_keeps_its_bytes(
     httpx2.post(f"{api.base_url}/v1/chat/completions", headers=api.headers, json=chat)
     target = api.backend.asked[0][2]
     assert (target.artifact, target.digest) == (rows[2].artifact_key, rows[2].artifact_digest)
-    assert (target.foundation, target.foundation_digest) == (rows[0].artifact_key, rows[0].artifact_digest)
+    assert (target.full_model, target.full_model_digest) == (rows[0].artifact_key, rows[0].artifact_digest)
     for job in client.fine_tuning.jobs.list():
         if job.finished_at is None:
             client.fine_tuning.jobs.cancel(job.id)

@@ -18,13 +18,13 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from luthier.core.errors import LuthierError, UnavailableError
-from luthier.inference.engine.error_reporting import log_fault, to_told
+from luthier.inference.engine.error_reporting import log_fault, to_client_error
 from luthier.inference.engine.event_bridge import EventBridge
 from luthier.inference.engine.fair_queue import WaitingShares
-from luthier.inference.engine.metrics import StepMeasures
+from luthier.inference.engine.metrics import StepMetrics
 from luthier.inference.engine.sequence import Sequence
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.engine.thread_governor import Crowding
+from luthier.inference.engine.thread_governor import ThreadGovernor
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Engine:
         on_death: Callable[[], None] | None = None,
         stall_seconds: float = math.inf,
     ) -> None:
-        self.measures = StepMeasures()
+        self.measures = StepMetrics()
         self.events = EventBridge()
         # Those without work are forgotten, so that a model that leaves frees its memory.
         self._executors: list[BatchExecutor] = []
@@ -214,7 +214,9 @@ class Engine:
                 raise
             except Exception as error:  # noqa: BLE001 - the thread must outlive any fault of one runner
                 was_busy = True
-                client_error = to_told(_LOG, "A batch executor, whose answers all end with an error,", error)
+                client_error = to_client_error(
+                    _LOG, "A batch executor, whose answers all end with an error,", error
+                )
                 for sequence in executor.scheduler.drain():
                     sequence.fail(client_error)
         self._executors = [one for one in self._executors if one.scheduler.has_work]
@@ -226,7 +228,7 @@ class Engine:
             # read; so it is read before it is set.
             torch.get_num_threads()
             torch.set_num_threads(self._num_threads)
-        crowding = Crowding(torch.get_num_threads())
+        governor = ThreadGovernor(torch.get_num_threads())
         is_dead = True
         try:
             while not self._is_closed:
@@ -234,12 +236,12 @@ class Engine:
                 started_at = self._busy_since = time.monotonic()
                 if not self.step():
                     self.events.flush()
-                num_threads = crowding.num_threads
-                crowding.note(time.monotonic() - started_at)
-                if crowding.num_threads != num_threads:
-                    self._num_governed_threads = crowding.num_threads
+                num_threads = governor.num_threads
+                governor.note(time.monotonic() - started_at)
+                if governor.num_threads != num_threads:
+                    self._num_governed_threads = governor.num_threads
                     for executor in self._executors:
-                        executor.runner.set_num_threads(crowding.num_threads)
+                        executor.runner.set_num_threads(governor.num_threads)
             is_dead = False
         except Exception as error:  # noqa: BLE001 - the process ends with it
             log_fault(_LOG, "The engine's thread, which ends,", error)

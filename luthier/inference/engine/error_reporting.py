@@ -16,7 +16,7 @@ def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
     logger.error("%s failed with %s:\n%s", what, type(error).__name__, places)
 
 
-def to_told(logger: logging.Logger, what: str, error: BaseException) -> LuthierError:
+def to_client_error(logger: logging.Logger, what: str, error: BaseException) -> LuthierError:
     """Return what whoever asked is told of an error; a fault that no `LuthierError` names is logged.
 
     Args:

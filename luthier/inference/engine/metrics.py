@@ -34,7 +34,7 @@ class Histogram:
         self.sum += value * times
 
 
-class StepMeasures:
+class StepMetrics:
     """Counts over all steps of the process."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StepMeasures:
         self.num_tokens = 0
         self.num_prompt_tokens = 0
         self.num_preempted = 0
-        self.num_guesses = self.num_right_guesses = 0
+        self.num_drafts = self.num_right_drafts = 0
         self.rows = Histogram(_ROW_BOUNDS)
         self.first_token_seconds = Histogram(_FIRST_TOKEN_BOUNDS)
         self.between_tokens_seconds = Histogram(_BETWEEN_BOUNDS)
@@ -76,10 +76,10 @@ class StepMeasures:
         if times:
             self.between_tokens_seconds.observe(now - since, times)
 
-    def count_guesses(self, num_guesses: int, num_right: int) -> None:
+    def count_drafts(self, num_drafts: int, num_right: int) -> None:
         """Count guesses of an answer's next tokens; those that were right came with the token before them."""
-        self.num_guesses += num_guesses
-        self.num_right_guesses += num_right
+        self.num_drafts += num_drafts
+        self.num_right_drafts += num_right
         self.num_tokens += num_right
         self.between_tokens_seconds.observe(0.0, num_right)
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from luthier.core.errors import LuthierError, SelfCheckError
-from luthier.inference.engine.error_reporting import log_fault, to_told
+from luthier.inference.engine.error_reporting import log_fault, to_client_error
 from luthier.inference.engine.sequence import Choice, Grammar, Sequence
 from luthier.modeling.protocols import Logits
 
@@ -109,7 +109,7 @@ def _choose_row(
         token_id = _choose_token(logits_V, sequence, best.token_id, point)
         return _with_logprobs(token_id, logits_V, sequence.options.num_logprobs)
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
-        sequence.fail(to_told(_LOG, "A choice, whose answer ends with an error,", error))
+        sequence.fail(to_client_error(_LOG, "A choice, whose answer ends with an error,", error))
     return best
 
 
@@ -218,7 +218,7 @@ def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_logprobs: int | No
     return Choice(token_id, float(logprobs_V[token_id]), top)
 
 
-def score_stretch(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:
+def score_chunk(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:
     """Tell a sequence the log-probabilities of the prompt's tokens that come after those of a stretch.
 
     Args:
@@ -231,7 +231,7 @@ def score_stretch(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> No
     try:
         _score(sequence, first, logits_TV)
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
-        sequence.fail(to_told(_LOG, "Scoring a prompt, whose answer ends with an error,", error))
+        sequence.fail(to_client_error(_LOG, "Scoring a prompt, whose answer ends with an error,", error))
 
 
 def _score(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from luthier.inference.engine import sampler
 from luthier.inference.engine.block_pool import BlockMemory
-from luthier.inference.engine.error_reporting import log_fault, to_told
-from luthier.inference.engine.metrics import StepMeasures
-from luthier.inference.engine.sampler import score_stretch
+from luthier.inference.engine.error_reporting import log_fault, to_client_error
+from luthier.inference.engine.metrics import StepMetrics
+from luthier.inference.engine.sampler import score_chunk
 from luthier.inference.engine.scheduler import RunningSequence, Scheduled, Scheduler
 from luthier.inference.engine.sequence import Choice, ModelKey
 from luthier.modeling.protocols import AdapterInfo, Logits, ModelRunner, ScheduledBatch, TokenChunk
@@ -28,7 +28,7 @@ class BatchExecutor:
         self.scheduler = Scheduler(runner.limits)
         self.memory = BlockMemory(runner, self.scheduler.pool)
         # Replaced by the engine's own once there is work.
-        self.measures = StepMeasures()
+        self.measures = StepMetrics()
         # Called right before the kernels of a step.
         self.on_launch: Callable[[], None] | None = None
 
@@ -85,7 +85,7 @@ class BatchExecutor:
             if chunk.num_draft_tokens:
                 num_right = _verify_drafts(one, chunk, choice, logits, row)
                 self.scheduler.advance(one, num_right)
-                self.measures.count_guesses(chunk.num_draft_tokens, num_right)
+                self.measures.count_drafts(chunk.num_draft_tokens, num_right)
 
     def _run_separately(self, batch: Scheduled, error: Exception) -> None:
         """Find the sequence that made a step fail by running each alone; what they wrote is overwritten."""
@@ -98,13 +98,15 @@ class BatchExecutor:
                 if not pair[0].sequence.is_finished:
                     self._run([pair])
         else:
-            batch[0][0].sequence.fail(to_told(_LOG, "A step, whose answer ends with an error,", error))
+            batch[0][0].sequence.fail(
+                to_client_error(_LOG, "A step, whose answer ends with an error,", error)
+            )
 
 
 @torch.inference_mode()
 def _score(one: RunningSequence, chunk: TokenChunk, logits: Logits, begin: int, end: int) -> None:
     first = chunk.first_position + chunk.logits_from - one.num_virtual
-    score_stretch(one.sequence, first, logits.rows(range(begin, end)))
+    score_chunk(one.sequence, first, logits.rows(range(begin, end)))
 
 
 def _verify_drafts(one: RunningSequence, chunk: TokenChunk, choice: Choice, logits: Logits, row: int) -> int:

@@ -46,7 +46,7 @@ def read_waits() -> dict[str, Waited]:
     return found
 
 
-class Crowding:
+class ThreadGovernor:
     """Tells from what steps took how many threads the next ones run on: by halves down to 1, and up again.
 
     Args:

@@ -26,7 +26,7 @@ from luthier.modeling.protocols import Budget
 _PIN_SECONDS = 86_400.0
 
 
-class Held(NamedTuple):
+class CacheStats(NamedTuple):
     """Artifacts of one kind: in memory, with their bytes and the most these may be, and over all time."""
 
     num_models: int
@@ -37,7 +37,7 @@ class Held(NamedTuple):
 
 
 @dataclass(eq=False)
-class Entry:
+class CacheEntry:
     """An artifact in memory, or on its way there.
 
     `loading` ends with its verification.
@@ -85,7 +85,7 @@ _LOADED_TIMES = {Kind.WHOLE: 2, Kind.PACKED: 1}
 _NAMES = {Kind.WHOLE: "fully tuned models", Kind.PACKED: "adapters"}
 
 
-class LoadedArtifacts:
+class AdapterCache:
     """The artifacts of all bases.
 
     Args:
@@ -124,8 +124,8 @@ class LoadedArtifacts:
         # Two who looked for room at once would both take what there is.
         self._making_way = asyncio.Lock()
         # The one unused for longest first.
-        self._entries: OrderedDict[ModelKey, Entry] = OrderedDict()
-        # Held by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
+        self._entries: OrderedDict[ModelKey, CacheEntry] = OrderedDict()
+        # CacheStats by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
         self._turns = {kind: asyncio.Lock() for kind in self._max_bytes}
         # One for each kind of waiter, who may clear his own alone.
         self._released = {kind: asyncio.Event() for kind in self._max_bytes}
@@ -149,11 +149,11 @@ class LoadedArtifacts:
         """Requests that wait for a model."""
         return self._num_waiting
 
-    def tell(self, kind: Kind) -> Held:
+    def stats(self, kind: Kind) -> CacheStats:
         """Return how many artifacts of one kind there are and were."""
         count = sum(entry.kind is kind for entry in self._entries.values())
         loads, evictions = self._num_loads[kind], self._num_evictions[kind]
-        return Held(count, self.num_bytes(kind), self._max_bytes[kind], loads, evictions)
+        return CacheStats(count, self.num_bytes(kind), self._max_bytes[kind], loads, evictions)
 
     @property
     def executors(self) -> list[BatchExecutor]:
@@ -200,7 +200,7 @@ class LoadedArtifacts:
         for key, entry in list(self._entries.items()):
             if key[1] == digest and entry.num_holders == 0 and entry.is_ready:
                 self._drop(key, entry)
-        self._tell_waiting()
+        self._wake_waiting()
         return digest not in self.digests
 
     def has_pinned(self, base_id: str) -> bool:
@@ -218,7 +218,7 @@ class LoadedArtifacts:
 
     def wake(self) -> None:
         """Let those who wait for room look again."""
-        self._tell_waiting()
+        self._wake_waiting()
 
     async def make_way(self, num_bytes: int) -> bool:
         """Make room below the limit, by pages, idle artifacts and bases; the caller takes it before it waits.
@@ -295,7 +295,7 @@ class LoadedArtifacts:
             self._release(entry)
             raise
 
-    def _pin(self, entry: Entry, project_id: str | None) -> None:
+    def _pin(self, entry: CacheEntry, project_id: str | None) -> None:
         """Pin an artifact unless its project's pinned ones would take more than their share with it."""
         if project_id is not None:
             others = (one for one in self._entries.values() if one is not entry and one.kind is entry.kind)
@@ -305,33 +305,33 @@ class LoadedArtifacts:
                 project_id = None
         entry.pin(project_id)
 
-    def _find(self, served: ServedModel) -> Entry | None:
+    def _find(self, served: ServedModel) -> CacheEntry | None:
         """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""
         entry = self._entries.get(served.key)
         if entry is None or self._turns[entry.kind].locked():
             return None
         return entry
 
-    async def _find_room(self, served: ServedModel) -> Entry:
+    async def _find_room(self, served: ServedModel) -> CacheEntry:
         kind, num_bytes = await asyncio.to_thread(measure, served)
         async with self._turns[kind]:
             if served.key not in self._entries:
                 await self._make_room(kind, num_bytes)
             return self._enter(served, kind, num_bytes)
 
-    def _release(self, entry: Entry) -> None:
+    def _release(self, entry: CacheEntry) -> None:
         entry.num_holders -= 1
-        self._tell_waiting()
+        self._wake_waiting()
 
-    def _tell_waiting(self) -> None:
+    def _wake_waiting(self) -> None:
         for event in self._released.values():
             event.set()
 
-    def _enter(self, served: ServedModel, kind: Kind, num_bytes: int) -> Entry:
+    def _enter(self, served: ServedModel, kind: Kind, num_bytes: int) -> CacheEntry:
         entry = self._entries.get(served.key)
         if entry is None:
             loading = asyncio.ensure_future(self._load(served, kind))
-            entry = self._entries[served.key] = Entry(served, kind, num_bytes, loading)
+            entry = self._entries[served.key] = CacheEntry(served, kind, num_bytes, loading)
             loading.add_done_callback(lambda _: self._on_loaded(entry))
         return entry
 
@@ -360,14 +360,14 @@ class LoadedArtifacts:
         with self.expecting(num_bytes):
             yield
 
-    def _on_loaded(self, entry: Entry) -> None:
+    def _on_loaded(self, entry: CacheEntry) -> None:
         # A fresh entry may stand in the place of one that failed and was let go.
         if entry.is_ready:
             self._num_loads[entry.kind] += 1
         elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
         # Whoever wanted it may have left meanwhile: it is idle from now on.
-        self._tell_waiting()
+        self._wake_waiting()
 
     async def _make_room(self, kind: Kind, num_bytes: int) -> None:
         max_bytes = self._max_bytes[kind]
@@ -413,7 +413,7 @@ class LoadedArtifacts:
                 self._drop(key, entry)
         return is_enough()
 
-    def _drop(self, key: ModelKey, entry: Entry) -> None:
+    def _drop(self, key: ModelKey, entry: CacheEntry) -> None:
         del self._entries[key]
         self._num_evictions[entry.kind] += 1
         remove(self._engine, entry.loading.result())

@@ -37,7 +37,7 @@ _Stamp = tuple[str, int, int, int, int]
 
 
 @dataclass
-class Copy:
+class CachedArtifact:
     """An artifact's files on this disk.
 
     `names` are those of its files and `prefix` is where it is published, None where that is not known;
@@ -101,7 +101,7 @@ class Copy:
         return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in facts)
 
 
-def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy | None:
+def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> CachedArtifact | None:
     """Give the files of an artifact that is published on the cache's disk a second name there.
 
     Nothing is read but the manifest: the copy is still to be checked.
@@ -147,7 +147,7 @@ def _link_files(published: Path, names: tuple[str, ...], folder: Path) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> Copy:
+def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> CachedArtifact:
     """Make sure that an artifact lies in the cache, verified. Blocks; never call it on the engine's thread.
 
     Args:
@@ -188,7 +188,7 @@ def _sole_fetch(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def verify_copy(folder: Path) -> Copy | None:
+def verify_copy(folder: Path) -> CachedArtifact | None:
     """Return the copy in a folder whose files are all as published, None for any other folder."""
     if not folder.is_dir():
         return None
@@ -201,12 +201,12 @@ def verify_copy(folder: Path) -> Copy | None:
     return copy
 
 
-def _copy_in(folder: Path) -> Copy:
+def _copy_in(folder: Path) -> CachedArtifact:
     return _copy_of(folder, read_manifest(folder))
 
 
-def _copy_of(folder: Path, manifest: Manifest) -> Copy:
-    return Copy(folder, manifest.digest, (*sorted(manifest.files), MANIFEST_NAME))
+def _copy_of(folder: Path, manifest: Manifest) -> CachedArtifact:
+    return CachedArtifact(folder, manifest.digest, (*sorted(manifest.files), MANIFEST_NAME))
 
 
 def mark_used(folder: Path) -> None:
@@ -216,7 +216,7 @@ def mark_used(folder: Path) -> None:
         os.utime(folder)
 
 
-def find_deleted(storage: Storage, copies: Iterable[Copy]) -> list[Copy]:
+def find_deleted(storage: Storage, copies: Iterable[CachedArtifact]) -> list[CachedArtifact]:
     """Return those of some copies whose artifact is not published any more. Blocks.
 
     Args:

@@ -24,7 +24,7 @@ from luthier.data.rendering.token_bounds import TokenBounds, find_bounds
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.models.artifact_cache import Copy
+from luthier.inference.models.artifact_cache import CachedArtifact
 from luthier.inference.models.weight_type import choose_dtype, name_of
 from luthier.inference.runners.registry import choose_runner
 from luthier.inference.verification.adapter_check import Text, probe
@@ -85,13 +85,13 @@ class LoadedBase:
 class ServedModel:
     """A base, and maybe an artifact of it: its digest and the verified copy on the local disk.
 
-    `foundation` is the copy of the whole model that the artifact lies on in place of the base's weights.
+    `full_model` is the copy of the whole model that the artifact lies on in place of the base's weights.
     """
 
     base: LoadedBase
     digest: str | None = None
-    copy: Copy | None = None
-    foundation: Copy | None = None
+    copy: CachedArtifact | None = None
+    full_model: CachedArtifact | None = None
 
     @property
     def key(self) -> ModelKey:
@@ -99,9 +99,9 @@ class ServedModel:
         return self.base.facts.id, self.digest
 
     @property
-    def copies(self) -> tuple[Copy, ...]:
+    def copies(self) -> tuple[CachedArtifact, ...]:
         """The copies on the local disk that it is made of."""
-        return tuple(copy for copy in (self.copy, self.foundation) if copy is not None)
+        return tuple(copy for copy in (self.copy, self.full_model) if copy is not None)
 
     @property
     def full_digest(self) -> str:

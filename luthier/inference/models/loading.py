@@ -26,7 +26,7 @@ from luthier.core.shapes import BaseShape, read_shape, read_tensor_shapes
 from luthier.core.specs import Canary
 from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.models.artifact_cache import Copy
+from luthier.inference.models.artifact_cache import CachedArtifact
 from luthier.inference.models.base_models import (
     LoadedBase,
     ReadyModel,
@@ -75,8 +75,8 @@ def measure(served: ServedModel) -> tuple[Kind, int]:
         ArtifactCorruptError: when a weights file has no header that can be read.
     """
     copy, dtype = _copy_of(served), served.base.dtype
-    if served.foundation is not None:
-        return Kind.WHOLE, measure_weights(served.foundation.folder, dtype)
+    if served.full_model is not None:
+        return Kind.WHOLE, measure_weights(served.full_model.folder, dtype)
     is_full = method_of_artifact(copy.folder).is_whole_model
     return Kind.WHOLE if is_full else Kind.PACKED, measure_weights(copy.folder, dtype)
 
@@ -129,7 +129,7 @@ async def load(
     base, copy = served.base, _copy_of(served)
     if base.load_exact is None:
         return await _load(engine, served, kind, budget, opening)
-    ground = base.facts.digest if served.foundation is None else served.foundation.digest
+    ground = base.facts.digest if served.full_model is None else served.full_model.digest
     verified = await asyncio.to_thread(copy.verified_with, ground)
     if verified is None:
         # Once for both.
@@ -248,7 +248,7 @@ def remove(engine: Engine, ready: ReadyModel) -> None:
         engine.call(lambda: executor.remove_adapter(key, adapter))
 
 
-def _copy_of(served: ServedModel) -> Copy:
+def _copy_of(served: ServedModel) -> CachedArtifact:
     if served.copy is None:
         raise ArtifactCorruptError("The model has no artifact.")
     return served.copy
@@ -268,7 +268,9 @@ class _ReadAdapter:
     canary: Canary | None
 
 
-def _read_adapter(executor: BatchExecutor, copy: Copy, base_digest: str, shape: BaseShape) -> _ReadAdapter:
+def _read_adapter(
+    executor: BatchExecutor, copy: CachedArtifact, base_digest: str, shape: BaseShape
+) -> _ReadAdapter:
     """Read an artifact, check its numbers, and prepare it for a runner.
 
     Raises:
@@ -311,24 +313,24 @@ def _reference_executor(model: PreTrainedModel, folder: Path, budget: Budget) ->
 def _load_full(served: ServedModel, budget: Budget) -> ReadyModel:
     """Load a full model, and maybe an adapter on it, and verify each."""
     base, copy = served.base, _copy_of(served)
-    folder = (served.foundation or copy).folder
+    folder = (served.full_model or copy).folder
     manifest = check_base(folder, base.facts.digest)
     check_finite_weights(folder, manifest.digested)
     load_model = partial(load_weights, folder, dtype=base.dtype, device=base.device, refuse_extra=True)
     try:
         executor = BatchExecutor(choose_runner(load_model, folder, budget, base.probe_ids))
         verify_full(executor, base.probe_ids, base.probe_logits, read_canary(folder))
-        if served.foundation is None:
+        if served.full_model is None:
             return ReadyModel(served, executor)
         shape = read_shape(folder)
     except (*_MISFIT, BaseUnavailableError) as error:
         raise ArtifactCorruptError("The artifact can't be loaded as a model.") from error
     try:
-        adapter = _read_adapter(executor, copy, served.foundation.digest, shape)
+        adapter = _read_adapter(executor, copy, served.full_model.digest, shape)
         return ReadyModel(served, executor, _add_verified(executor, adapter, base.probe_ids))
     except UnsupportedAdapterError as error:
         _LOG.info("The reference runner serves %s: %s", copy.digest, error.message)
     executor.runner.close()
     executor = _reference_executor(load_model(), folder, budget)
-    adapter = _read_adapter(executor, copy, served.foundation.digest, shape)
+    adapter = _read_adapter(executor, copy, served.full_model.digest, shape)
     return ReadyModel(served, executor, _add_verified(executor, adapter, base.probe_ids))

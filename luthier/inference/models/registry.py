@@ -16,8 +16,8 @@ from luthier.core.inference import (
     HEADER_ARTIFACT,
     HEADER_BASE,
     HEADER_DIGEST,
-    HEADER_FOUNDATION,
-    HEADER_FOUNDATION_DIGEST,
+    HEADER_FULL_MODEL,
+    HEADER_FULL_MODEL_DIGEST,
     HEADER_MODEL,
     HEADER_PINNED,
     HEADER_PROJECT,
@@ -29,9 +29,9 @@ from luthier.core.specs import BaseFacts
 from luthier.inference.engine.block_pool import BlockMemory
 from luthier.inference.engine.engine import Engine
 from luthier.inference.models import base_models
-from luthier.inference.models.adapter_cache import LoadedArtifacts
+from luthier.inference.models.adapter_cache import AdapterCache
 from luthier.inference.models.artifact_cache import (
-    Copy,
+    CachedArtifact,
     drop_orphans,
     drop_unused,
     fetch_artifact,
@@ -61,18 +61,18 @@ def read_target(headers: Mapping[str, str]) -> ModelTarget:
             project_id=headers[HEADER_PROJECT],
             artifact=headers.get(HEADER_ARTIFACT),
             digest=headers.get(HEADER_DIGEST),
-            foundation=headers.get(HEADER_FOUNDATION),
-            foundation_digest=headers.get(HEADER_FOUNDATION_DIGEST),
+            full_model=headers.get(HEADER_FULL_MODEL),
+            full_model_digest=headers.get(HEADER_FULL_MODEL_DIGEST),
             is_pinned=headers.get(HEADER_PINNED) == "1",
         )
     except KeyError as error:
         raise InvalidRequestError(f"The header {error.args[0]} is missing.") from error
     if (target.artifact is None) != (target.digest is None):
         raise InvalidRequestError(f"{HEADER_ARTIFACT} and {HEADER_DIGEST} come together or not at all.")
-    has_foundation = target.foundation is not None
-    if has_foundation != (target.foundation_digest is not None) or (has_foundation and not target.artifact):
+    has_full_model = target.full_model is not None
+    if has_full_model != (target.full_model_digest is not None) or (has_full_model and not target.artifact):
         raise InvalidRequestError(
-            f"{HEADER_FOUNDATION} and {HEADER_FOUNDATION_DIGEST} come together and with an artifact, or not "
+            f"{HEADER_FULL_MODEL} and {HEADER_FULL_MODEL_DIGEST} come together and with an artifact, or not "
             "at all."
         )
     return target
@@ -99,7 +99,7 @@ class Models:
             measure=lambda: measure_used(device),
             trim=lambda: trim(device),
         )
-        self.loaded = LoadedArtifacts(
+        self.loaded = AdapterCache(
             engine,
             max_whole_bytes=base_models.max_whole_bytes(settings),
             max_adapter_bytes=base_models.max_adapter_bytes(settings),
@@ -167,7 +167,7 @@ class Models:
             if not await self.loaded.make_way(3 * num_bytes // 2):
                 raise NoRoomError("The model server has no memory for this base now; try again.")
             with self.loaded.expecting(3 * num_bytes // 2):
-                self._bases[base_id] = await in_turn(self._load_and_tell, base_id)
+                self._bases[base_id] = await in_turn(self._load_first, base_id)
         finally:
             del self._coming[base_id]
         # What was read of it is gone, and should not count as held.
@@ -211,7 +211,7 @@ class Models:
     def _num_base_bytes(self) -> int:
         return sum(base.num_bytes for base in self._bases.values()) + sum(self._coming.values())
 
-    def _load_and_tell(self, base_id: str) -> LoadedBase:
+    def _load_first(self, base_id: str) -> LoadedBase:
         """Load a base, and tell of the first while nobody has it and no weights are on their way."""
         base = base_models.load(self._settings, base_id)
         on_first_base, self._on_first_base = self._on_first_base, None
@@ -289,7 +289,7 @@ class Models:
         self.loaded.wake()
         return lent_bytes
 
-    async def tidy(self) -> None:
+    async def drop_deleted(self) -> None:
         """Let go of artifacts that were deleted where they were published: in memory, and on this disk.
 
         Raises:
@@ -303,7 +303,7 @@ class Models:
         copies = {copy.digest: copy for served in self._served.values() for copy in served.copies}
         held = set(self.loaded.digests)
 
-        def find() -> list[Copy]:
+        def find() -> list[CachedArtifact]:
             if storage.is_empty():
                 # Rather away than deleted to the last file: what is in memory is all that answers.
                 return []
@@ -348,8 +348,8 @@ class Models:
         if self._storage is None:
             self._storage = Storage.open(self._settings.storage_url)
         cache_dir = self._settings.cache_dir / "artifacts"
-        wanted = ((target.artifact, target.digest), (target.foundation, target.foundation_digest))
-        copies: dict[str, Copy] = {}
+        wanted = ((target.artifact, target.digest), (target.full_model, target.full_model_digest))
+        copies: dict[str, CachedArtifact] = {}
         for artifact, digest in wanted:
             if artifact is not None and digest is not None:
                 linked = link_artifact(self._storage, artifact, digest, cache_dir) if may_link else None
@@ -362,9 +362,9 @@ class Models:
             base,
             target.digest,
             copies.get(str(target.digest)),
-            copies.get(str(target.foundation_digest)),
+            copies.get(str(target.full_model_digest)),
         )
 
 
-def _are_whole(copies: Iterable[Copy]) -> bool:
+def _are_whole(copies: Iterable[CachedArtifact]) -> bool:
     return all(verify_copy(copy.folder) is not None for copy in copies)

@@ -63,7 +63,7 @@ def usage(counted: Usage) -> dict[str, Any]:
     }
 
 
-class Shape(ABC):
+class ResponseFormatter(ABC):
     """How the answers to a request leave, whole or as a stream of events."""
 
     @abstractmethod
@@ -92,8 +92,8 @@ class Shape(ABC):
 
 
 @dataclass(frozen=True)
-class ChoicesShape(Shape):
-    """What all parts of one answer with choices share; see ChatShape, CompletionShape."""
+class ChoicesShape(ResponseFormatter):
+    """What all parts of one answer with choices share; see ChatFormatter, CompletionFormatter."""
 
     id: str
     created: int
@@ -169,7 +169,7 @@ class ChoicesShape(Shape):
 
 
 @dataclass(frozen=True)
-class ChatShape(ChoicesShape):
+class ChatFormatter(ChoicesShape):
     """Answers of /v1/chat/completions."""
 
     # Answers that must call a tool have no content, from their first chunk on.
@@ -227,7 +227,7 @@ class ChatShape(ChoicesShape):
         return {"content": token_logprobs(self.tokenizer, choices), "refusal": None}
 
 
-class CompletionShape(ChoicesShape):
+class CompletionFormatter(ChoicesShape):
     """Answers of /v1/completions; chunks bear the same object name as whole answers."""
 
     object_name = "text_completion"

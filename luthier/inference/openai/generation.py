@@ -19,7 +19,7 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.models.base_models import ReadyModel
-from luthier.inference.openai.generation_request import MAX_LOGPROBS, Echo, Plan
+from luthier.inference.openai.generation_request import MAX_LOGPROBS, GenerationRequest, PromptEcho
 
 IndexedEvent = tuple[int, SequenceEvent]
 
@@ -31,7 +31,9 @@ class Generation:
         plan: prompts, and how to sample the answers to them.
     """
 
-    def __init__(self, engine: Engine, ready: ReadyModel, plan: Plan, *, project_id: str = "") -> None:
+    def __init__(
+        self, engine: Engine, ready: ReadyModel, plan: GenerationRequest, *, project_id: str = ""
+    ) -> None:
         self._engine = engine
         self._loop = asyncio.get_running_loop()
         self._arrived: deque[IndexedEvent] = deque()
@@ -176,7 +178,7 @@ def _weigh(event: SequenceEvent) -> int:
     return 1
 
 
-def _echo_piece(echo: Echo, event: PromptScored | Piece | Finish) -> Piece:
+def _echo_piece(echo: PromptEcho, event: PromptScored | Piece | Finish) -> Piece:
     if not isinstance(event, PromptScored):
         return Piece(echo.text)
     places = zip(event.choices, echo.starts, strict=True)

@@ -18,19 +18,19 @@ from luthier.inference.models.base_models import ReadyModel
 from luthier.inference.openai.chat_request import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.openai.grammar import COMPILE_SECONDS, CompiledGrammar, Grammars
 from luthier.inference.openai.structured_output import choose_grammar
-from luthier.inference.openai.tool_call_parser import CallReader
+from luthier.inference.openai.tool_call_parser import ToolCallParser
 from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
 
 
 @dataclass(frozen=True)
-class Echo:
+class PromptEcho:
     """A prompt's text; `starts` are the characters at which its tokens begin, empty where nobody asks."""
 
     text: str
     starts: tuple[int, ...] = ()
 
 
-def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: bool) -> Echo:
+def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: bool) -> PromptEcho:
     """Return what an answer begins with.
 
     Args:
@@ -42,9 +42,9 @@ def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: boo
     """
     if isinstance(prompt, str):
         if not with_starts:
-            return Echo(prompt)
+            return PromptEcho(prompt)
         [encoding] = tokenizer.encode_raw_batch([prompt])
-        return Echo(prompt, tuple(encoding.spans[:, 0].clip(0).tolist()))
+        return PromptEcho(prompt, tuple(encoding.spans[:, 0].clip(0).tolist()))
     decoder = StreamDecoder(tokenizer, skip_special=False)
     pieces, starts, end = [], [], 0
     for token_id in prompt:
@@ -52,7 +52,7 @@ def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: boo
         pieces.append(decoder.push(token_id))
         end += len(pieces[-1])
     text = "".join(pieces) + decoder.flush()
-    return Echo(text, tuple(starts) if with_starts else ())
+    return PromptEcho(text, tuple(starts) if with_starts else ())
 
 
 # About 150 bytes each are held for a whole answer, and for a stream whose client does not read.
@@ -60,7 +60,7 @@ MAX_LOGPROBS = 2_000_000
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationRequest:
     """What is to be answered: choice `i` of a request is answer `i % n` to prompt `i // n`.
 
     `echoes` are the prompts where answers repeat them, else empty. `grammar` is what every answer must
@@ -71,7 +71,7 @@ class Plan:
     prompts: list[list[int]]
     options: SamplingOptions
     n: int = 1
-    echoes: tuple[Echo, ...] = ()
+    echoes: tuple[PromptEcho, ...] = ()
     grammar: CompiledGrammar | None = None
     syntax: CallSyntax | None = None
     tool_names: frozenset[str] = frozenset()
@@ -87,11 +87,11 @@ class Plan:
         """Marks that belong to an answer's text, which readers never see otherwise."""
         return frozenset() if self.syntax is None else self.syntax.shown_token_ids
 
-    def make_reader(self) -> CallReader | None:
+    def make_reader(self) -> ToolCallParser | None:
         """Return what reads calls from one answer; None where there can be none."""
         if self.syntax is None:
             return None
-        return CallReader(self.syntax, self.tool_names, is_parallel=self.is_parallel)
+        return ToolCallParser(self.syntax, self.tool_names, is_parallel=self.is_parallel)
 
     def options_of(self, index: int) -> SamplingOptions:
         """Return the options of choice `index`, which has a seed of its own where one was given."""
@@ -116,7 +116,7 @@ def plan_chat(
     max_tokens_default: int,
     max_cache_tokens: int,
     grammars: Grammars,
-) -> Plan:
+) -> GenerationRequest:
     """Turn a chat request into a plan of one prompt.
 
     Args:
@@ -129,8 +129,8 @@ def plan_chat(
     """
     base, offered = ready.base, request.tools.offered
     _check_places(request, base.template)
-    room = Room(ready, max_cache_tokens, request.max_tokens, "messages")
-    prompt = room.encode(
+    limit = ContextLimit(ready, max_cache_tokens, request.max_tokens, "messages")
+    prompt = limit.encode(
         render_calls(
             base.template,
             [message.to_message() for message in request.messages],
@@ -142,7 +142,7 @@ def plan_chat(
     if num_logprobs is not None:
         # An answer of unnamed length is as long as its log-probabilities may be, and is never refused.
         max_tokens_default = min(max_tokens_default, MAX_LOGPROBS // (request.n * (1 + num_logprobs)))
-    max_tokens = room.answer_length(prompt, max_tokens_default)
+    max_tokens = limit.answer_length(prompt, max_tokens_default)
     if num_logprobs is not None:
         param = "top_logprobs" if num_logprobs else "logprobs"
         _check_num_logprobs(request, request.n * max_tokens, num_logprobs, param)
@@ -156,7 +156,7 @@ def plan_chat(
         return grammars.compile(lark, base.tokenizer, digest, param=param, deadline=deadline)
 
     grammar = choose_grammar(request.response_format, request.tools, syntax, base.tokenizer, compile_grammar)
-    return Plan(
+    return GenerationRequest(
         [prompt],
         options,
         request.n,
@@ -184,7 +184,9 @@ def _check_places(request: ChatRequest, template: ChatTemplate) -> None:
             )
 
 
-def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int) -> Plan:
+def plan_completion(
+    request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int
+) -> GenerationRequest:
     """Turn a completion request into a plan.
 
     Args:
@@ -195,17 +197,17 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
         InvalidValueError: when a prompt is empty or names a token that the base does not have.
     """
     tokenizer = ready.base.tokenizer
-    room = Room(ready, max_cache_tokens, request.max_tokens, "prompt")
+    limit = ContextLimit(ready, max_cache_tokens, request.max_tokens, "prompt")
     prompts = []
     for i, item in enumerate(request.prompt):
-        prompt = room.encode_raw(item) if isinstance(item, str) else item
+        prompt = limit.encode_raw(item) if isinstance(item, str) else item
         if not prompt:
             raise InvalidValueError("A prompt must have at least one token.", param=f"prompt.{i}")
         if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
             raise InvalidValueError(
                 f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
             )
-        room.check(prompt)
+        limit.check(prompt)
         prompts.append(prompt)
     if request.logprobs is not None:
         num_tokens = len(prompts) * request.max_tokens + (sum(map(len, prompts)) if request.echo else 0)
@@ -214,10 +216,12 @@ def plan_completion(request: CompletionRequest, ready: ReadyModel, *, max_cache_
     # Harnesses count on a token for each that was made, the one that ends the text included.
     options = replace(options, reports_end=request.logprobs is not None)
     if not request.echo:
-        return Plan(prompts, options, request.n)
+        return GenerationRequest(prompts, options, request.n)
     with_starts = request.logprobs is not None
     echoes = tuple(make_echo(tokenizer, item, with_starts=with_starts) for item in request.prompt)
-    return Plan(prompts, replace(options, num_prompt_logprobs=request.logprobs), request.n, echoes)
+    return GenerationRequest(
+        prompts, replace(options, num_prompt_logprobs=request.logprobs), request.n, echoes
+    )
 
 
 def _check_num_logprobs(request: SamplingRequest, num_tokens: int, num_top: int, param: str) -> None:
@@ -258,8 +262,8 @@ def _options(
 
 
 @dataclass(frozen=True)
-class Room:
-    """Room for one prompt and its answer.
+class ContextLimit:
+    """ContextLimit for one prompt and its answer.
 
     Args:
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.

@@ -23,7 +23,7 @@ from luthier.data.rendering.tokenizer import Tokenizer
 
 # A grammar's memory grows with the time that it took: 100 to 200 MiB a second.
 _MAX_KEPT, _MAX_KEPT_SECONDS = 64, 1.0
-_MAX_TOLD_CHARS = 160
+_MAX_MESSAGE_CHARS = 160
 # States are of one or two kB each; a pattern can ask for any number of them. With these, and a budget of
 # schemas, no shape that was found takes more than 2 s and 50 MiB to compile or 100 ms for one token
 # (fuel 1,000,000 and 500,000 symbols, the library's own: 300 MiB and 0.6 s for a token).
@@ -230,7 +230,7 @@ def _reason(matcher: LLMatcher) -> str:
     if "panic" in line or "fuel" in line or "too big" in line:
         return "it is too complex."
     _, mark, told = line.partition("failed to compile JSON schema: ")
-    return (told if mark else line)[:_MAX_TOLD_CHARS] or "it is too complex."
+    return (told if mark else line)[:_MAX_MESSAGE_CHARS] or "it is too complex."
 
 
 _MAX_BYTES = 256 * 1024

@@ -6,7 +6,7 @@ from typing import Literal
 
 from luthier.inference.engine.sequence import ChoiceAt, Finish, Piece, SequenceEvent
 from luthier.inference.openai.generation import IndexedEvent
-from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, CallReader, ReadPart
+from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, ReadPart, ToolCallParser
 
 EndReason = Literal["stop", "length", "tool_calls"]
 
@@ -31,7 +31,7 @@ class Part:
 class _Reading:
     """One choice's text on its way: its reader, None where no tools are, and choices not yet told of."""
 
-    reader: CallReader | None
+    reader: ToolCallParser | None
     choices: list[ChoiceAt] = field(default_factory=list)
 
     def read(self, index: int, event: Piece | Finish) -> list[Part]:
@@ -63,7 +63,7 @@ class PartReader:
         make_reader: makes what reads one choice's text, None where that has no calls.
     """
 
-    def __init__(self, make_reader: Callable[[], CallReader | None]) -> None:
+    def __init__(self, make_reader: Callable[[], ToolCallParser | None]) -> None:
         self._make_reader = make_reader
         first = make_reader()
         self._readings = {0: _Reading(first)}
@@ -112,7 +112,7 @@ class WholeAnswer:
 
 
 async def collect(
-    events: AsyncIterator[IndexedEvent], make_reader: Callable[[], CallReader | None], num_choices: int
+    events: AsyncIterator[IndexedEvent], make_reader: Callable[[], ToolCallParser | None], num_choices: int
 ) -> list[WholeAnswer]:
     """Put the parts of all choices together.
 

@@ -10,7 +10,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.sequence import ChoiceAt
-from luthier.inference.openai.chat_response import Shape, Usage, encode_json, token_logprobs
+from luthier.inference.openai.chat_response import ResponseFormatter, Usage, encode_json, token_logprobs
 from luthier.inference.openai.output_parser import Ended, EndReason, Part, WholeAnswer
 from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun
 
@@ -42,7 +42,7 @@ class _Item:
         return self.content | own | {"status": status}
 
 
-class ResponseShape(Shape):
+class ResponsesFormatter(ResponseFormatter):
     """One response of /v1/responses.
 
     Args:

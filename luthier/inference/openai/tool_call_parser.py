@@ -35,7 +35,7 @@ class CallArguments:
 ReadPart = str | CallBegun | CallArguments
 
 
-class CallReader:
+class ToolCallParser:
     """Part one answer's text.
 
     Args:

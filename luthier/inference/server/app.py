@@ -35,19 +35,25 @@ from luthier.core.inference import (
 from luthier.core.runtime import now_seconds
 from luthier.core.settings import Settings
 from luthier.inference.engine.engine import Engine
-from luthier.inference.engine.error_reporting import to_told
+from luthier.inference.engine.error_reporting import to_client_error
 from luthier.inference.engine.sequence import Piece
 from luthier.inference.models.base_models import ReadyModel, find_serving_device
 from luthier.inference.models.registry import Models, read_target
 from luthier.inference.openai.chat_request import ChatRequest, parse_chat, parse_completion
-from luthier.inference.openai.chat_response import ChatShape, CompletionShape, Shape, Usage, token_usage
+from luthier.inference.openai.chat_response import (
+    ChatFormatter,
+    CompletionFormatter,
+    ResponseFormatter,
+    Usage,
+    token_usage,
+)
 from luthier.inference.openai.generation import Generation, IndexedEvent
-from luthier.inference.openai.generation_request import Plan, plan_chat, plan_completion
+from luthier.inference.openai.generation_request import GenerationRequest, plan_chat, plan_completion
 from luthier.inference.openai.grammar import Grammars
 from luthier.inference.openai.output_parser import PartReader, collect
 from luthier.inference.openai.responses_request import parse_response
-from luthier.inference.openai.responses_response import ResponseShape
-from luthier.inference.openai.tool_call_parser import CallReader
+from luthier.inference.openai.responses_response import ResponsesFormatter
+from luthier.inference.openai.tool_call_parser import ToolCallParser
 from luthier.inference.server.http import (
     EXCEPTION_HANDLERS,
     FaultGate,
@@ -61,7 +67,7 @@ from luthier.inference.server.status import Status
 _LOG = logging.getLogger(__name__)
 
 # So often it is looked whether models in memory, or their copies on this disk, were deleted.
-TIDY_SECONDS = 60.0
+DELETED_CHECK_SECONDS = 60.0
 # Log-probabilities of so many tokens take a few milliseconds to spell out; streams shall not wait for more.
 _MAX_CHOICES_AT_ONCE = 1000
 # A body of this length is parsed in a millisecond or two.
@@ -81,8 +87,8 @@ class _Asking:
     request: Request
     target: ModelTarget
     ready: ReadyModel
-    shape: Shape
-    planning: Coroutine[Any, Any, Plan]
+    shape: ResponseFormatter
+    planning: Coroutine[Any, Any, GenerationRequest]
     is_stream: bool
 
 
@@ -112,7 +118,7 @@ class Service:
         asked = await self._read(request, parse_chat)
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            shape = ChatShape(
+            shape = ChatFormatter(
                 id=new_id("chat_completion"),
                 created=now_seconds(),
                 model=target.model,
@@ -132,7 +138,7 @@ class Service:
         asked = await self._read(request, parse_response)
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            shape = ResponseShape(
+            shape = ResponsesFormatter(
                 now_seconds(),
                 target.model,
                 asked.echo,
@@ -143,7 +149,7 @@ class Service:
             asking = _Asking(request, target, ready, shape, planning, is_stream=asked.chat.stream)
             return await self._answer(asking, stack)
 
-    async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> Plan:
+    async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> GenerationRequest:
         plan = partial(
             plan_chat,
             asked,
@@ -156,7 +162,9 @@ class Service:
             return await self._compilers.run(project_id, plan)
         return await asyncio.to_thread(plan)
 
-    async def _plan_response(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> Plan:
+    async def _plan_response(
+        self, asked: ChatRequest, ready: ReadyModel, project_id: str
+    ) -> GenerationRequest:
         try:
             return await self._plan_chat(asked, ready, project_id)
         except LuthierError as error:
@@ -170,7 +178,7 @@ class Service:
         asked = await self._read(request, parse_completion)
         with contextlib.ExitStack() as stack:
             ready = await self._hold(request, target, stack)
-            shape = CompletionShape(
+            shape = CompletionFormatter(
                 id=new_id("completion"),
                 created=now_seconds(),
                 model=target.model,
@@ -261,7 +269,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         tasks = [
             asyncio.create_task(_preload(service.models, settings.preload_base)),
-            asyncio.create_task(_tidy(service.models)),
+            asyncio.create_task(_drop_deleted(service.models)),
         ]
         yield
         for task in tasks:
@@ -296,12 +304,12 @@ async def _preload(models: Models, base_id: str) -> None:
         _LOG.info("The base %s is loaded.", base_id)
 
 
-async def _tidy(models: Models) -> None:
+async def _drop_deleted(models: Models) -> None:
     """Let deleted models leave memory and disk, from time to time."""
     while True:
-        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.sleep(DELETED_CHECK_SECONDS)
         try:
-            await models.tidy()
+            await models.drop_deleted()
         except (LuthierError, OSError) as error:
             _LOG.warning("Deleted models are looked for again later: %s", error)
 
@@ -352,9 +360,9 @@ class StreamedAnswer:
 
     def __init__(
         self,
-        shape: Shape,
+        shape: ResponseFormatter,
         generation: Generation,
-        make_reader: Callable[[], CallReader | None],
+        make_reader: Callable[[], ToolCallParser | None],
         *,
         reports_usage: bool = False,
     ) -> None:
@@ -389,7 +397,7 @@ class StreamedAnswer:
                 if events:
                     yield b"".join(events)
         except Exception as error:  # noqa: BLE001 - the client gets an error event, whatever failed
-            yield b"".join(self._shape.error_events(to_told(_LOG, "A stream", error)))
+            yield b"".join(self._shape.error_events(to_client_error(_LOG, "A stream", error)))
 
     def _encode(self, arrived: list[IndexedEvent]) -> list[bytes]:
         events: list[bytes] = []

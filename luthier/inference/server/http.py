@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 from luthier.core.errors import LuthierError, NotFoundError, TooLargeError, UnauthenticatedError
 from luthier.core.inference import HEADER_TOKEN
 from luthier.core.settings import MIB
-from luthier.inference.engine.error_reporting import log_fault, to_told
+from luthier.inference.engine.error_reporting import log_fault, to_client_error
 from luthier.inference.openai import chat_response
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ async def _on_disconnect(_request: Request, _error: Exception) -> Response:
 
 async def _on_fault(request: Request, error: Exception) -> Response:
     request.scope[_LOGGED] = error
-    return _error_response(to_told(_LOG, "A request", error))
+    return _error_response(to_client_error(_LOG, "A request", error))
 
 
 class FaultGate:

@@ -51,7 +51,8 @@ class Status:
                 "running": self._engine.num_running,
                 "waiting": self._engine.num_waiting,
                 "room": {
-                    kind.value: self._models.loaded.tell(kind).max_bytes for kind in (Kind.PACKED, Kind.WHOLE)
+                    kind.value: self._models.loaded.stats(kind).max_bytes
+                    for kind in (Kind.PACKED, Kind.WHOLE)
                 },
             }
         )
@@ -67,8 +68,8 @@ class Status:
         yield counter("prompt_tokens", "Tokens of prompts.", steps.num_prompt_tokens)
         yield counter("steps", "Forward passes of a batch.", steps.num_steps)
         yield counter("preemptions", "Rows that lost their pages.", steps.num_preempted)
-        yield counter("guessed_tokens", "Tokens that were guessed.", steps.num_guesses)
-        yield counter("right_guesses", "Those that came.", steps.num_right_guesses)
+        yield counter("guessed_tokens", "Tokens that were guessed.", steps.num_drafts)
+        yield counter("right_guesses", "Those that came.", steps.num_right_drafts)
         yield gauge("rows_running", "Answers that are made now.", self._engine.num_running)
         yield gauge("rows_waiting", "Answers that wait for a row.", self._engine.num_waiting)
         yield gauge("rows_max", "Rows of one batch.", self._settings.max_batch_rows)
@@ -83,7 +84,7 @@ class Status:
         )
         yield gauge("bases", "Bases in memory.", len(self._models.base_ids))
         yield gauge("requests_waiting_for_models", "Requests that wait for room.", loaded.num_waiting)
-        held = {kind.value: loaded.tell(kind) for kind in Kind}
+        held = {kind.value: loaded.stats(kind) for kind in Kind}
         yield gauge("models", "Tuned models in memory.", {k: v.num_models for k, v in held.items()})
         yield gauge("model_bytes", "Memory of these.", {k: v.num_bytes for k, v in held.items()})
         yield gauge("model_bytes_max", "Memory for these.", {k: v.max_bytes for k, v in held.items()})

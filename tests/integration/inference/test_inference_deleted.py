@@ -29,7 +29,7 @@ def publish(folder: Path, base_folder: Path, name: str, method: str, seed: int) 
 
 
 def tidy(served: Served) -> None:
-    asyncio.run_coroutine_threadsafe(served.service.models.tidy(), served.loop).result(30)
+    asyncio.run_coroutine_threadsafe(served.service.models.drop_deleted(), served.loop).result(30)
 
 
 def copy_of(folder: Path, target: ModelTarget) -> Path:
@@ -49,10 +49,10 @@ def test_a_deleted_model_leaves_memory_and_disk_and_another_stays(
     wait_until(lambda: {deleted.digest, kept.digest} <= set(loaded.digests), "both are loaded")
     tidy(served)
     assert {deleted.digest, kept.digest} <= set(loaded.digests)
-    held = loaded.tell(kind).num_bytes
+    held = loaded.stats(kind).num_bytes
     storage.delete_prefix(str(deleted.artifact))
     tidy(served)
-    assert deleted.digest not in loaded.digests and loaded.tell(kind).num_bytes < held
+    assert deleted.digest not in loaded.digests and loaded.stats(kind).num_bytes < held
     assert not copy_of(folder, deleted).exists()
     assert kept.digest in loaded.digests and copy_of(folder, kept).is_dir()
     again = served.chat("the sky", kept, max_tokens=4)
@@ -114,7 +114,7 @@ def test_a_server_looks_for_deleted_models_again_and_again(monkeypatch: pytest.M
 
     async def run() -> None:
         service, told = MagicMock(), asyncio.Queue[dict[str, str]]()
-        service.models.tidy = look
+        service.models.drop_deleted = look
         settings = Settings(_env_file=None, preload_base="")
         received = asyncio.Queue[dict[str, str]]()
         app = build_app(service, settings, token=None)
@@ -125,5 +125,5 @@ def test_a_server_looks_for_deleted_models_again_and_again(monkeypatch: pytest.M
         received.put_nowait({"type": "lifespan.shutdown"})
         await asyncio.wait_for(serving, 30)
 
-    monkeypatch.setattr(app_module, "TIDY_SECONDS", 0.01)
+    monkeypatch.setattr(app_module, "DELETED_CHECK_SECONDS", 0.01)
     asyncio.run(run())

@@ -259,8 +259,8 @@ def test_artifacts_on_a_whole_model_answer_as_trained_there_though_their_copies_
             "model": f"on{seed}",
             "artifact": f"projects/p/on{seed}",
             "digest": made.digest,
-            "foundation": whole.target.artifact,
-            "foundation_digest": whole.target.digest,
+            "full_model": whole.target.artifact,
+            "full_model_digest": whole.target.digest,
         }
         answer = to_text(tokenizer, method_greedy(foundation.folder, made.folder, ids, NUM_TOKENS))
         case = Case(BARE.model_copy(update=changes), made.folder, {TEXTS[0]: answer})

@@ -13,7 +13,7 @@ import pytest
 from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.inference.models import loading
-from luthier.inference.models.artifact_cache import Copy
+from luthier.inference.models.artifact_cache import CachedArtifact
 from luthier.inference.models.registry import Models
 from luthier.serving import open_backend
 from luthier.storage.store import Storage
@@ -129,7 +129,7 @@ def test_files_that_change_while_they_are_read_answer_only_if_they_are_what_they
     target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
     read_adapter = loading._read_adapter
 
-    def touch(executor: Any, copy: Copy, *arguments: Any) -> Any:
+    def touch(executor: Any, copy: CachedArtifact, *arguments: Any) -> Any:
         made, path = read_adapter(executor, copy, *arguments), copy.folder / WEIGHTS_NAME
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ is_damaged]))

@@ -248,7 +248,7 @@ def test_what_vllm_can_not_serve_is_refused_and_never_answered_by_the_base(
 def test_a_whole_model_answers_where_a_server_of_its_own_is_in_the_list(bench: Bench) -> None:
     whole = bench.publish("whole", None)
     on_it = bench.publish("on-it", LORA).model_copy(
-        update={"foundation": whole.artifact, "foundation_digest": "sha256:" + "0" * 64}
+        update={"full_model": whole.artifact, "full_model_digest": "sha256:" + "0" * 64}
     )
 
     async def run(backend: Backend) -> None:

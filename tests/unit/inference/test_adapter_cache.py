@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError, OutOfMemoryError, SelfCheckError, TooManyRequestsError
 from luthier.inference.engine.engine import Engine
-from luthier.inference.models.adapter_cache import Held, LoadedArtifacts
+from luthier.inference.models.adapter_cache import AdapterCache, CacheStats
 from luthier.inference.models.artifact_cache import verify_copy
 from luthier.inference.models.base_models import LoadedBase, ReadyModel, ServedModel
 from luthier.inference.models.loading import Kind, measure_weights
@@ -82,8 +82,8 @@ def make_loaded(
     engine: InlineEngine | None = None,
     fit: Callable[[int], Awaitable[int]] = fit_anything,
     **limits: int,
-) -> LoadedArtifacts:
-    return LoadedArtifacts(
+) -> AdapterCache:
+    return AdapterCache(
         engine or InlineEngine(),
         max_whole_bytes=max_whole_bytes,
         max_pinned_share=1.0,
@@ -178,10 +178,10 @@ def test_whole_models_stay_within_their_memory_and_whoever_waits_is_not_overtake
         loaded.release(await overtaking)
         assert loaded.digests == [first.digest, second.digest]
         assert ready_first.executor is (await loaded.hold(first)).executor
-        told = loaded.tell(Kind.WHOLE)
+        stats = loaded.stats(Kind.WHOLE)
         # The first three, then the second again; the second and the third left for each other.
-        assert told == Held(2, 2 * num_bytes, 2 * num_bytes, num_loads=4, num_evictions=2)
-        assert loaded.tell(Kind.PACKED).num_loads == 0
+        assert stats == CacheStats(2, 2 * num_bytes, 2 * num_bytes, num_loads=4, num_evictions=2)
+        assert loaded.stats(Kind.PACKED).num_loads == 0
 
     asyncio.run(run())
 

@@ -9,7 +9,7 @@ import pytest
 from luthier.core.errors import ArtifactCorruptError
 from luthier.inference.models import artifact_cache
 from luthier.inference.models.artifact_cache import (
-    Copy,
+    CachedArtifact,
     drop_orphans,
     drop_unused,
     fetch_artifact,
@@ -152,7 +152,7 @@ def test_where_files_get_no_second_name_nothing_is_left_behind(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def link(storage: Storage, tmp_path: Path, name: str) -> Copy:
+def link(storage: Storage, tmp_path: Path, name: str) -> CachedArtifact:
     digest = build(tmp_path / name, name.encode()).digest
     storage.put_folder(tmp_path / name, f"projects/p/{name}")
     copy = link_artifact(storage, f"projects/p/{name}", digest, tmp_path / "cache")

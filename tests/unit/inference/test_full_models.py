@@ -98,8 +98,8 @@ def test_a_foundation_travels_in_headers_and_never_alone() -> None:
         project_id="p",
         artifact="a",
         digest="d",
-        foundation="f",
-        foundation_digest="e",
+        full_model="f",
+        full_model_digest="e",
     )
     assert read_target(target.to_headers()) == target
     for name in target.to_headers():

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from luthier.inference.engine.metrics import (
     Histogram,
     MetricsCollector,
-    StepMeasures,
+    StepMetrics,
     counter,
     gauge,
     histogram,
@@ -34,14 +34,14 @@ def make_sequence(made_at: float, num_prompt_tokens: int = 3) -> Sequence:
     )
 
 
-def step(measures: StepMeasures, now: float, *sequences: Sequence, num_rows: int | None = None) -> None:
+def step(measures: StepMetrics, now: float, *sequences: Sequence, num_rows: int | None = None) -> None:
     measures.count_step(len(sequences) if num_rows is None else num_rows, sequences, now)
     for sequence in sequences:
         sequence.accept(Choice(7))
 
 
 def test_first_tokens_and_gaps_are_told_apart() -> None:
-    measures = StepMeasures()
+    measures = StepMetrics()
     early, late = make_sequence(10.0), make_sequence(10.5, num_prompt_tokens=4)
     step(measures, 10.4, early, num_rows=2)
     step(measures, 10.6, early, late)
@@ -55,7 +55,7 @@ def test_first_tokens_and_gaps_are_told_apart() -> None:
 
 
 def test_rows_whose_gaps_differ_are_counted_each_by_its_own() -> None:
-    measures = StepMeasures()
+    measures = StepMetrics()
     rows = [make_sequence(0.0) for _ in range(3)]
     step(measures, 1.0, rows[0])
     step(measures, 2.0, rows[1], rows[2])
@@ -65,7 +65,7 @@ def test_rows_whose_gaps_differ_are_counted_each_by_its_own() -> None:
 
 
 def test_an_answer_that_nobody_wants_and_a_step_of_prompts_count_no_token() -> None:
-    measures = StepMeasures()
+    measures = StepMetrics()
     gone = make_sequence(0.0)
     gone.cancel()
     measures.count_step(2, [gone], 1.0)

@@ -189,7 +189,7 @@ def test_a_choice_is_made_when_the_token_before_it_is_known(
         told.append(text_of(events))
         held = [one.choice for event in events if isinstance(event, Piece) for one in event.choices]
         logprobs.append([choice.logprob for choice in held])
-        assert (executor.measures.num_guesses > 0) == (max_draft_tokens > 0)
+        assert (executor.measures.num_drafts > 0) == (max_draft_tokens > 0)
     assert told[0] == told[1] and len(told[0]) == NUM_TOKENS
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
     assert len(logprobs[0]) == (NUM_TOKENS if "num_logprobs" in options else 0)
@@ -230,7 +230,7 @@ def test_a_grammar_decides_after_guesses_too(base_folder: Path, monkeypatch: pyt
         run_dry(executor)
         told.append(text_of(events))
     assert told[0] == told[1] and len(told[0]) == NUM_TOKENS
-    assert executor.measures.num_guesses > 0
+    assert executor.measures.num_drafts > 0
 
 
 def test_wrong_guesses_are_in_no_page_that_is_shared(
@@ -246,7 +246,7 @@ def test_wrong_guesses_are_in_no_page_that_is_shared(
         executor.scheduler.add(sequence)
         run_dry(executor)
     assert text_of(events) == expected
-    assert executor.measures.num_guesses > 100
+    assert executor.measures.num_drafts > 100
     again, events = ask(plain(8))
     again.prompt_ids = [*PROMPT, *expected[: NUM_TOKENS - 8]]
     executor.scheduler.add(again)
@@ -298,7 +298,7 @@ def test_guesses_that_can_not_be_run_end_nobodys_answer(
         executor.scheduler.add(sequence)
     run_dry(executor)
     assert all(text_of(events) == expected for _, events in asked)
-    assert failures and executor.measures.num_guesses == 0
+    assert failures and executor.measures.num_drafts == 0
 
 
 @pytest.mark.skipif(

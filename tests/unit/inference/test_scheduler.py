@@ -192,8 +192,8 @@ def test_300_random_mixes_answer_token_by_token_as_each_method_does_alone(
     # Rows were pushed out and pages shared, or the equality above says less than it seems.
     assert sum(executor.measures.num_preempted for executor in executors) > 10
     assert sum(count > 0 for count in num_shared) > 100
-    num_right = sum(executor.measures.num_right_guesses for executor in executors)
-    assert 100 < num_right < sum(executor.measures.num_guesses for executor in executors) - 100
+    num_right = sum(executor.measures.num_right_drafts for executor in executors)
+    assert 100 < num_right < sum(executor.measures.num_drafts for executor in executors) - 100
     # Nothing is lost: all pages can be had again.
     assert all(
         executor.scheduler.pool.num_free == executor.scheduler.pool.num_blocks for executor in executors

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.openai.chat_response import ChatShape, ChoicesShape, CompletionShape
+from luthier.inference.openai.chat_response import ChatFormatter, ChoicesShape, CompletionFormatter
 from luthier.inference.openai.output_parser import Part
 from tests.tiny import BASE_ID, build_tiny_base
 
@@ -15,7 +15,7 @@ TEXTS = ["a", "", ' "quoted" \\ and {"content":null}', "zwölf 🧵\n\t", "\0tex
 
 @pytest.mark.parametrize("with_usage", [True, False])
 @pytest.mark.parametrize("with_logprobs", [True, False])
-@pytest.mark.parametrize("make", [ChatShape, CompletionShape])
+@pytest.mark.parametrize("make", [ChatFormatter, CompletionFormatter])
 def test_a_text_is_the_event_of_its_part(
     tmp_path: Path, make: Any, with_usage: bool, with_logprobs: bool
 ) -> None:

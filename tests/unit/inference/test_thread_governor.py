@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.inference.engine.thread_governor import Crowding, Waited, read_waits
+from luthier.inference.engine.thread_governor import ThreadGovernor, Waited, read_waits
 
 
 class _Machine:
@@ -21,48 +21,48 @@ class _Machine:
         # What waits long and hardly ever works says nothing of steps.
         return {"1": own, "2": own, "3": Waited(0.0, self.waited / 10)}
 
-    def work(self, crowding: Crowding, seconds: float, share: float) -> list[int]:
+    def work(self, governor: ThreadGovernor, seconds: float, share: float) -> list[int]:
         """Run steps of 10 ms; return the numbers of threads that they ran on, without repetitions."""
-        seen = [crowding.num_threads]
+        seen = [governor.num_threads]
         for _ in range(round(seconds / 0.01)):
             self.clock += 0.01
             self.ran, self.waited = self.ran + 0.01 * (1 - share), self.waited + 0.01 * share
-            crowding.note(0.01)
-            if crowding.num_threads != seen[-1]:
-                seen.append(crowding.num_threads)
+            governor.note(0.01)
+            if governor.num_threads != seen[-1]:
+                seen.append(governor.num_threads)
         return seen
 
 
-def _crowding(machine: _Machine, num_threads: int) -> Crowding:
-    return Crowding(num_threads, machine.read, lambda: machine.clock)
+def _crowding(machine: _Machine, num_threads: int) -> ThreadGovernor:
+    return ThreadGovernor(num_threads, machine.read, lambda: machine.clock)
 
 
 def test_all_threads_work_while_none_has_to_wait() -> None:
     machine = _Machine()
-    crowding = _crowding(machine, 4)
-    assert machine.work(crowding, 5, share=0.05) == [4]
+    governor = _crowding(machine, 4)
+    assert machine.work(governor, 5, share=0.05) == [4]
     # Some waiting is less than what fewer threads cost.
-    assert machine.work(crowding, 5, share=0.3) == [4]
+    assert machine.work(governor, 5, share=0.3) == [4]
 
 
 def test_threads_that_wait_for_processors_become_fewer_and_come_back() -> None:
     machine = _Machine()
-    crowding = _crowding(machine, 4)
-    assert machine.work(crowding, 3, share=0.8) == [4, 2, 1]
-    assert machine.work(crowding, 40, share=0.25) == [1]
-    assert machine.work(crowding, 40, share=0.0) == [1, 2, 4]
+    governor = _crowding(machine, 4)
+    assert machine.work(governor, 3, share=0.8) == [4, 2, 1]
+    assert machine.work(governor, 40, share=0.25) == [1]
+    assert machine.work(governor, 40, share=0.0) == [1, 2, 4]
 
 
 def test_what_fails_again_and_again_is_tried_more_and_more_seldom() -> None:
     machine = _Machine()
-    crowding = _crowding(machine, 2)
+    governor = _crowding(machine, 2)
     changes = []
     for _ in range(6000):
         # Two threads wait, one does not.
-        before = crowding.num_threads
-        machine.work(crowding, 0.01, share=0.8 if before == 2 else 0.0)
-        if crowding.num_threads != before:
-            changes.append((machine.clock, crowding.num_threads))
+        before = governor.num_threads
+        machine.work(governor, 0.01, share=0.8 if before == 2 else 0.0)
+        if governor.num_threads != before:
+            changes.append((machine.clock, governor.num_threads))
     tries = [at for at, num_threads in changes if num_threads == 2]
     gaps = [later - earlier for earlier, later in itertools.pairwise(tries)]
     assert gaps == sorted(gaps)
@@ -72,15 +72,15 @@ def test_what_fails_again_and_again_is_tried_more_and_more_seldom() -> None:
 
 def test_one_thread_is_never_looked_at() -> None:
     machine = _Machine()
-    crowding = _crowding(machine, 1)
-    assert machine.work(crowding, 5, share=0.9) == [1]
+    governor = _crowding(machine, 1)
+    assert machine.work(governor, 5, share=0.9) == [1]
 
 
 def test_a_system_that_tells_nothing_changes_nothing() -> None:
-    crowding = Crowding(2, dict, lambda: 0.0)
+    governor = ThreadGovernor(2, dict, lambda: 0.0)
     for _ in range(100):
-        crowding.note(1.0)
-    assert crowding.num_threads == 2
+        governor.note(1.0)
+    assert governor.num_threads == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system keeps no account")

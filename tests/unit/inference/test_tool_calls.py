@@ -12,7 +12,7 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.openai.grammar import CompiledGrammar, Grammars
 from luthier.inference.openai.structured_output import choose_grammar
-from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, CallReader
+from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, ToolCallParser
 from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
 from luthier.inference.openai.tools import Tools, read_chat_tools
 from tests.tiny import write_tokenizer
@@ -115,7 +115,7 @@ def test_calls_that_are_no_json_have_no_syntax(tokenizer: Tokenizer) -> None:
 
 def read(syntax: CallSyntax, text: str, size: int, *, is_parallel: bool = True) -> tuple[str, list[Any]]:
     """Push a text in pieces; return the content, and each call's name and arguments."""
-    reader = CallReader(syntax, frozenset({"look", "go"}), is_parallel=is_parallel)
+    reader = ToolCallParser(syntax, frozenset({"look", "go"}), is_parallel=is_parallel)
     parts = [part for at in range(0, len(text), size) for part in reader.push(text[at : at + size])]
     content, calls = "", []
     for part in [*parts, *reader.flush()]:
@@ -190,7 +190,7 @@ def test_one_call_at_most_is_told_where_calls_are_not_parallel(tokenizer: Tokeni
 def test_ids_are_of_the_length_that_the_template_takes(tokenizer: Tokenizer) -> None:
     for kind, length in (("hermes", 29), ("mistral", 9)):
         syntax = syntax_of(kind, tokenizer)
-        reader = CallReader(syntax, frozenset({"go"}), is_parallel=True)
+        reader = ToolCallParser(syntax, frozenset({"go"}), is_parallel=True)
         parts = reader.push(f"{syntax.begin}{'[' * syntax.is_list}{GO}")
         assert [len(part.id) for part in parts if isinstance(part, CallBegun)] == [length]
 

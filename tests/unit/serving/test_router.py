@@ -10,7 +10,7 @@ import pytest
 from luthier.core.errors import ArtifactCorruptError, LuthierError, TooManyRequestsError, UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.serving.base import Health, NotAcceptedError, Reply
-from luthier.serving.router import SeveralBackends
+from luthier.serving.router import ReplicaRouter
 
 BARE = ModelTarget(model="b", base_id="base", project_id="p")
 
@@ -66,7 +66,7 @@ class Stage:
     def __init__(self, *servers: PlayedServer) -> None:
         self.servers = servers
         self.time = 100.0
-        self.client = SeveralBackends(
+        self.client = ReplicaRouter(
             {f"http://{number}": server for number, server in enumerate(servers)}, now=lambda: self.time
         )
 
