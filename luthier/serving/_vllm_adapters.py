@@ -1,6 +1,6 @@
 """Which adapters one vLLM server holds: loaded when first wanted, unloaded when unused for longest.
 
-vLLM keeps what it is told to load for ever, so the budget is kept here. Other API processes may load and
+vLLM never unloads an adapter by itself, so the budget is kept here. Other API processes may load and
 unload at the same server: what they loaded counts, and what they unloaded is loaded again.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 Release = Callable[[], None]
 
-# A copy that is used for longer is made sure of again, so that nobody takes it for unused.
+# A copy that is used for longer is marked again, so that it does not look unused.
 _RENEW_SECONDS = 3600.0
 
 
@@ -21,7 +21,7 @@ class Server(Protocol):
     """What this asks of vLLM."""
 
     async def list_adapters(self) -> list[str]:
-        """Return the names of the adapters that it holds, ours and nobody else's."""
+        """Return the names of the adapters that it holds, ours alone."""
 
     async def unload(self, name: str) -> None:
         """Have it forget an adapter; harmless when it does not hold it."""
@@ -69,7 +69,7 @@ class Adapters:
 
         Args:
             load: loads it; may be called when it is loaded already.
-            is_pinned: whether it stays when nobody holds it.
+            is_pinned: whether it stays while idle.
 
         Returns:
             What releases it, to be called once.
@@ -120,7 +120,7 @@ class Adapters:
         loaded = set(await self._server.list_adapters()) - {name}
         while len(loaded) >= self._max_loaded:
             idle = [one for one, entry in self._entries.items() if one in loaded and entry.is_idle]
-            # Then what other API processes loaded; nobody here knows who uses it.
+            # Then what other API processes loaded, whose use is unknown here.
             idle += sorted(loaded - self._entries.keys())
             if not idle:
                 return

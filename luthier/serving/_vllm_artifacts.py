@@ -1,6 +1,6 @@
 """Artifacts in a folder that vLLM reads, and which of them it can serve. Blocks; call it in a thread.
 
-The folder may be shared by API processes and vLLM servers. Copies leave it when nobody used them for a day:
+The folder may be shared by API processes and vLLM servers. Copies are removed after a day without use:
 vLLM may read one again long after it was loaded.
 """
 
@@ -36,7 +36,7 @@ class Artifacts:
     """The folder of copies.
 
     Args:
-        settings: say where artifacts are published, where copies lie, and how vLLM names that folder.
+        settings: where artifacts are published, the folder of copies, and how vLLM names that folder.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -45,7 +45,7 @@ class Artifacts:
         self._storage: Storage | None = None
 
     def prepare(self, target: ModelTarget) -> Adapter:
-        """Make sure that a model's artifact lies in the folder, verified, and that vLLM can serve it.
+        """Fetch a model's artifact into the folder, verify it, and check that vLLM can serve it.
 
         Raises:
             UnsupportedValueError: when vLLM can't serve its method.

@@ -1,6 +1,6 @@
 """Whether a model that vLLM loaded says what training recorded of it. Arithmetic on logits, no connections.
 
-vLLM tells log-probabilities, which are logits less a number that is the same for all tokens. So both sides
+vLLM returns log-probabilities, which are logits less a number that is the same for all tokens. So both sides
 are compared less their means.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 from luthier.core.errors import SelfCheckError
 from luthier.core.specs import Canary
 
-# vLLM's number of tokens whose log-probabilities may be asked for is 20 unless it is told otherwise.
+# vLLM's number of tokens whose log-probabilities may be asked for is 20 by default.
 _MAX_CANDIDATES = 16
 # Gaps are shares of the recorded logits' norm. Serving in bfloat16 what was recorded in float32 makes 0.0035
 # on SmolLM2-135M; where an older record was computed in bfloat16 too, its own rounding comes on top.
@@ -33,7 +33,7 @@ def ask(canary: Canary, name: str) -> dict[str, Any]:
         "logprobs": len(candidates),
         "logprob_token_ids": candidates,
         "return_tokens_as_token_ids": True,
-        # Told to vLLM's own way of starting a prompt: the recorded one has all its tokens.
+        # Without vLLM's own start of a prompt: the recorded one has all its tokens.
         "add_special_tokens": False,
     }
 
@@ -52,7 +52,7 @@ def read(content: bytes) -> dict[int, float]:
         found = {int(name.removeprefix("token_id:")): float(value) for name, value in place.items()}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise SelfCheckError(
-            "vLLM does not tell what proves the model; use version 0.11 or newer."
+            "vLLM does not return what verifies the model; use version 0.11 or newer."
         ) from error
     if not all(math.isfinite(value) for value in found.values()):
         raise SelfCheckError("The model's logits are not finite; it is not served.")
@@ -71,7 +71,7 @@ def check(canary: Canary, model: Mapping[int, float], base: Mapping[int, float])
     pairs = zip(canary.candidates, canary.logits, strict=True)
     recorded = {token: logit for token, logit in pairs if token in model and token in base}
     if len(recorded) < min(len(canary.candidates), _MAX_CANDIDATES):
-        raise SelfCheckError("vLLM does not tell the logits that prove the model; it is not served.")
+        raise SelfCheckError("vLLM does not return the logits that verify the model; it is not served.")
     if all(model[token] == base[token] for token in recorded):
         raise SelfCheckError("The model's artifact changes nothing about its base; it is not served.")
     norm = math.hypot(*recorded.values())
@@ -88,6 +88,6 @@ def check(canary: Canary, model: Mapping[int, float], base: Mapping[int, float])
         )
 
 
-def _distance(recorded: Mapping[int, float], told: Mapping[int, float]) -> float:
-    shift = sum(told[token] - logit for token, logit in recorded.items()) / len(recorded)
-    return math.hypot(*(told[token] - logit - shift for token, logit in recorded.items()))
+def _distance(recorded: Mapping[int, float], found: Mapping[int, float]) -> float:
+    shift = sum(found[token] - logit for token, logit in recorded.items()) / len(recorded)
+    return math.hypot(*(found[token] - logit - shift for token, logit in recorded.items()))

@@ -144,20 +144,20 @@ class Renaming:
         """Return a whole answer, or a stream's chunk, under the public name and with OpenAI's fields alone.
 
         Raises:
-            LuthierError: when it tells a failure, or is no JSON.
+            LuthierError: when it reports a failure, or is no JSON.
         """
         try:
             answer = json.loads(content)
             if "error" in answer:
                 raise read_error(500, content)
-            told = {name: answer[name] for name in _ANSWER_FIELDS if name in answer}
-            told["choices"] = [_trim(choice) for choice in answer["choices"]]
-            if told.get("usage") is not None:
-                self.used = _read_usage(told["usage"])
+            answered = {name: answer[name] for name in _ANSWER_FIELDS if name in answer}
+            answered["choices"] = [_trim(choice) for choice in answer["choices"]]
+            if answered.get("usage") is not None:
+                self.used = _read_usage(answered["usage"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise LuthierError("The model server's answer could not be read.") from error
-        told |= {"model": self._model, "system_fingerprint": self._fingerprint}
-        return json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+        answered |= {"model": self._model, "system_fingerprint": self._fingerprint}
+        return json.dumps(answered, ensure_ascii=False, separators=(",", ":")).encode()
 
     async def events(self, events: AsyncIterator[ServerSentEvent]) -> AsyncIterator[bytes]:
         """Yield a stream's events under the public name; a failure that vLLM sends is one of ours."""
@@ -188,22 +188,22 @@ def _is_usage_alone(content: bytes) -> bool:
 
 
 def _trim(choice: Mapping[str, Any]) -> dict[str, Any]:
-    told = {name: choice[name] for name in _CHOICE_FIELDS if name in choice}
+    answered = {name: choice[name] for name in _CHOICE_FIELDS if name in choice}
     for part in ("message", "delta"):
-        if part in told:
-            message = {name: told[part][name] for name in _MESSAGE_FIELDS if name in told[part]}
+        if part in answered:
+            message = {name: answered[part][name] for name in _MESSAGE_FIELDS if name in answered[part]}
             if not message.get("tool_calls"):
                 message.pop("tool_calls", None)
-            told[part] = message
-    return told
+            answered[part] = message
+    return answered
 
 
 def read_error(status: int, content: bytes) -> LuthierError:
     """Return vLLM's refusal as one of ours."""
     try:
-        told = json.loads(content)["error"]
-        message, param = str(told["message"])[:_MAX_MESSAGE_CHARS], told.get("param")
-        status = int(told.get("code", status))
+        answered = json.loads(content)["error"]
+        message, param = str(answered["message"])[:_MAX_MESSAGE_CHARS], answered.get("param")
+        status = int(answered.get("code", status))
     except (ValueError, KeyError, TypeError, AttributeError):
         message, param = "it gave no reason.", None
     if "context length" in message:
@@ -259,7 +259,7 @@ def read_health(served: Served, metrics: bytes) -> Health:
         metrics: what GET /metrics answers; what is not there counts as none.
 
     Returns:
-        Its health, with digests in place of the names of artifacts.
+        Its health, with digests instead of the names of artifacts.
     """
     counts = {b"running": 0, b"waiting": 0}
     for kind, value in _GAUGE.findall(metrics):

@@ -57,7 +57,7 @@ class EngineBackend:
         """
         status, content = await self._client.get(_STATE_PATH)
         if status != 200:
-            raise UnavailableError(f"The model server does not tell its state: HTTP {status}.")
+            raise UnavailableError(f"The model server does not return its state: HTTP {status}.")
         try:
             found = json.loads(content)
             return Health(
@@ -68,7 +68,7 @@ class EngineBackend:
                 room_bytes={kind: int(found["room"][kind]) for kind in found["room"]},
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise UnavailableError("The model server tells its state in a shape unknown here.") from error
+            raise UnavailableError("The model server's state has an unknown shape.") from error
 
     async def aclose(self) -> None:
         """Close all connections."""

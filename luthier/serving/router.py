@@ -21,7 +21,7 @@ _FRESH_SECONDS = 1.0
 _TRUSTED_SECONDS = 10.0
 _WAIT_SECONDS = 1.0
 _HEALTH_SECONDS = 2.0
-# A server that was sent a model loads it, which its word may not tell yet.
+# A server that was sent a model loads it, which its state may not show yet.
 _SENT_SECONDS = 30.0
 _FIRST_DELAY_SECONDS = 0.5
 _LONGEST_DELAY_SECONDS = 10.0
@@ -59,9 +59,9 @@ class _Server:
 
     @property
     def load(self) -> int:
-        """Rows that run and wait there, with those that were sent since it told."""
-        told = 0 if self._health is None else self._health.num_running + self._health.num_waiting
-        return told + self.num_open - self._num_open_then
+        """Sequences that run and wait there, with those sent since its last state."""
+        known = 0 if self._health is None else self._health.num_running + self._health.num_waiting
+        return known + self.num_open - self._num_open_then
 
     def serves(self, target: ModelTarget) -> bool:
         """Whether it can answer for a model; also where that is not known."""
@@ -72,8 +72,8 @@ class _Server:
 
     def holds(self, name: str, now: float) -> bool:
         """Whether a model is in its memory, or on its way there."""
-        is_told = self._health is not None and name in self._health.holds
-        return is_told or now - self._sent.get(name, -_SENT_SECONDS) < _SENT_SECONDS
+        is_held = self._health is not None and name in self._health.holds
+        return is_held or now - self._sent.get(name, -_SENT_SECONDS) < _SENT_SECONDS
 
     def is_due(self, now: float) -> bool:
         """Whether it is to be asked how it is."""
@@ -94,7 +94,7 @@ class _Server:
         """Note that a request there has ended."""
         self.num_open -= 1
 
-    def told(self, health: Health, now: float) -> None:
+    def update(self, health: Health, now: float) -> None:
         """Note its word."""
         self._health, self._known_at, self._num_open_then = health, now, self.num_open
         self._num_failures, self._retry_at = 0, 0.0
@@ -210,7 +210,7 @@ class ReplicaRouter:
 
         def rank(server: _Server) -> tuple[object, ...]:
             holds, is_bare = server.holds(name, now), target.digest is None
-            # What nobody holds goes by its hash alone, unless requests wait there, or API processes
+            # A model that no server holds goes by its hash alone, unless requests wait: API processes
             # whose knowledge differs by a moment would send it to several servers.
             is_full = server.is_full and not holds and not is_bare
             load = server.load if holds or is_bare else 0
@@ -237,7 +237,7 @@ class ReplicaRouter:
         except (LuthierError, TimeoutError):
             server.failed(self._now())
         else:
-            server.told(health, self._now())
+            server.update(health, self._now())
         finally:
             server.looking = None
 

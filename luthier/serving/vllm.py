@@ -50,7 +50,7 @@ class VllmBackend:
     Args:
         url: `http://host:port`.
         token: the internal token, which is its --api-key.
-        settings: where artifacts and their copies lie, and how many adapters it may hold.
+        settings: folders of artifacts and of their copies, and how many adapters it may hold.
     """
 
     def __init__(self, url: str, token: str, settings: Settings) -> None:
@@ -108,7 +108,7 @@ class VllmBackend:
         await self._client.aclose()
 
     async def list_adapters(self) -> list[str]:
-        """Return the names of the adapters that vLLM holds, ours and nobody else's."""
+        """Return the names of the adapters that vLLM holds, ours alone."""
         return sorted((await self._list()).adapters)
 
     async def unload(self, name: str) -> None:
@@ -167,7 +167,7 @@ class VllmBackend:
         status, content = await self._post(COMPLETIONS, asked)
         if status != 200:
             raise SelfCheckError(
-                f"vLLM could not tell what proves the model: {read_error(status, content).message}"
+                f"vLLM did not return what verifies the model: {read_error(status, content).message}"
             )
         return content
 

@@ -39,7 +39,7 @@ _COUNTS = {
     "luthier.cli": 20,
     "luthier.core": 38,
     "luthier.data": 195,
-    "luthier.inference": 574,
+    "luthier.inference": 0,
     "luthier.methods": 33,
     "luthier.modeling": 525,
     "luthier.storage": 6,

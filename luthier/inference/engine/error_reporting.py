@@ -1,4 +1,4 @@
-"""Faults of our own in the log: what kind and where, never their own text, which may quote a prompt."""
+"""Logs unexpected exceptions without their message, which may quote a prompt."""
 
 import logging
 import traceback
@@ -7,7 +7,7 @@ from luthier.core.errors import LuthierError
 
 
 def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
-    """Log a fault that no `LuthierError` names.
+    """Log an unexpected exception.
 
     Args:
         what: what failed, as the beginning of a sentence.
@@ -17,13 +17,10 @@ def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
 
 
 def to_client_error(logger: logging.Logger, what: str, error: BaseException) -> LuthierError:
-    """Return what whoever asked is told of an error; a fault that no `LuthierError` names is logged.
+    """Convert an exception to the error that the client gets. An unexpected one is logged.
 
     Args:
         what: what failed, as the beginning of a sentence.
-
-    Returns:
-        The error itself where it is one that users are told.
     """
     if isinstance(error, LuthierError):
         return error

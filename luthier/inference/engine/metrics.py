@@ -1,4 +1,4 @@
-"""What the engine's steps are counted by, and how Prometheus reads it. No tensors, no HTTP.
+"""Metrics of the engine's steps, in Prometheus' types. No tensors, no HTTP.
 
 The engine's thread alone writes, once a step, and takes no lock; a reader may see a step half counted.
 """
@@ -51,7 +51,7 @@ class StepMetrics:
         """Count a step, before its tokens are handed to their answers.
 
         Args:
-            sequences: those that get a token; whoever wants none any more is not counted.
+            sequences: those that get a token; finished and cancelled ones are not counted.
             now: the monotonic clock, in seconds; read when None.
         """
         now = time.monotonic() if now is None else now
@@ -77,7 +77,7 @@ class StepMetrics:
             self.between_tokens_seconds.observe(now - since, times)
 
     def count_drafts(self, num_drafts: int, num_right: int) -> None:
-        """Count guesses of an answer's next tokens; those that were right came with the token before them."""
+        """Count draft tokens; the right ones came with the token before them."""
         self.num_drafts += num_drafts
         self.num_right_drafts += num_right
         self.num_tokens += num_right

@@ -20,17 +20,17 @@ _MOST_BEFORE = 4096
 # The fixed cost of a step, in rows; and the cost of a second row, as a share of a step of one. Measured
 # (docs/decisions/0035), with a margin.
 _FIXED_ROWS, _SECOND_ROW = 8, 0.35
-# Drafts fill a step up to so many rows; above, one more costs as much as it gains at best.
+# Rows of a step with drafts; above, one more costs as much as it gains at best.
 _MOST_ROWS = 16
 
 
 def room_for_drafts(num_rows: int) -> int:
-    """Return how many draft tokens a step of so many other rows takes."""
+    """Return how many draft tokens a step of `num_rows` other rows takes."""
     return max(0, _MOST_ROWS - num_rows)
 
 
 def least_chance(num_rows: int) -> float:
-    """Return how likely a draft must be right to be worth its row, in a step of so many others."""
+    """Return the least chance at which a draft is worth its row in a step of `num_rows` others."""
     return _SECOND_ROW if num_rows == 1 else num_rows / (num_rows + _FIXED_ROWS)
 
 

@@ -219,11 +219,11 @@ def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_logprobs: int | No
 
 
 def score_chunk(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:
-    """Tell a sequence the log-probabilities of the prompt's tokens that come after those of a stretch.
+    """Give a sequence the log-probabilities of the prompt's tokens that follow those of a chunk.
 
     Args:
         sequence: one that wants them; what can't be scored ends it with an error, as in an answer.
-        first: where in the prompt the stretch begins.
+        first: position in the prompt of the chunk's first token.
         logits_TV: float32, after each of its tokens; what they say of the answer's first token is not used.
     """
     if sequence.is_done:

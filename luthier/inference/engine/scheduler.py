@@ -17,7 +17,7 @@ from luthier.modeling.protocols import AdapterId, AdapterInfo, RunnerLimits, Tok
 
 # Steps for which a long prompt may be deferred in favour of short ones.
 _MAX_DEFERRALS = 4
-# Kernels take so many tokens of a prompt at a time.
+# Tokens that kernels take of a prompt at a time.
 _FEWEST_CHUNK_TOKENS = 16
 
 
@@ -217,7 +217,7 @@ class Scheduler:
         return [(one, with_drafts(chunk, drafts[one]) if drafts[one] else chunk) for one, chunk in batch]
 
     def _propose(self, one: RunningSequence, num_rows: int) -> list[int]:
-        """Return a sequence's draft tokens for a batch that has so many rows already, and blocks for them."""
+        """Return draft tokens of a sequence for a batch of `num_rows` other rows, with blocks allocated."""
         sequence = one.sequence
         num_left = sequence.options.max_tokens - sequence.num_completion_tokens - 1
         most = min(room_for_drafts(num_rows), num_left, self.limits.max_draft_tokens)
@@ -262,7 +262,7 @@ class Scheduler:
 
     @contextmanager
     def temporary_blocks(self, *lengths: int) -> Iterator[list[list[int]]]:
-        """Lend blocks that are never shared, for sequences of so many tokens.
+        """Allocate blocks for sequences of the given lengths, excluded from prefix caching and freed on exit.
 
         Yields:
             The blocks of each.
@@ -285,7 +285,7 @@ class Scheduler:
 
 
 def max_long_chunk(limits: RunnerLimits, num_done: int) -> int:
-    """Return how many tokens of a long prompt run at once after so many: fewer the more they attend to."""
+    """Return the size of a long prompt's next chunk: smaller the more tokens it attends to."""
     fitting = limits.max_chunk_pairs // (num_done + 1) // _FEWEST_CHUNK_TOKENS * _FEWEST_CHUNK_TOKENS
     return max(min(_FEWEST_CHUNK_TOKENS, limits.long_chunk_tokens), min(limits.long_chunk_tokens, fitting))
 

@@ -312,7 +312,7 @@ class Sequence:
     def _finish(self, reason: FinishReason, text: str) -> None:
         text += self._stops.flush()
         if self._stops.is_hit:
-            # Tokens that lie wholly in the stop text are no part of the answer.
+            # Tokens within the stop text are no part of the answer.
             end = self._stops.num_released
             self._held_choices = [held for held in self._held_choices if held.start < end]
         if text or self._held_choices:

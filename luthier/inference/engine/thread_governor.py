@@ -1,8 +1,8 @@
-"""How many threads steps run on while other processes want the same processors.
+"""Lowers the number of threads of a step while other processes use the same processors.
 
 The threads of a step meet many times in it. As long as each has a processor of its own that costs nothing;
 where one of them has to wait for its turn, all others wait with it, at every meeting, and a step takes a
-hundred times as long. Fewer threads lose less. Linux tells what a thread has waited for a processor
+hundred times as long. Fewer threads lose less. Linux counts how long a thread waited for a processor
 (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
 """
 
@@ -30,7 +30,7 @@ class Waited(NamedTuple):
 
 
 def read_waits() -> dict[str, Waited]:
-    """Return what every thread of this process ran and waited so far; empty where no system tells it."""
+    """Return the seconds that each thread ran and waited; empty where there is no account."""
     found: dict[str, Waited] = {}
     try:
         tasks = list(_TASKS.iterdir())
@@ -47,7 +47,7 @@ def read_waits() -> dict[str, Waited]:
 
 
 class ThreadGovernor:
-    """Tells from what steps took how many threads the next ones run on: by halves down to 1, and up again.
+    """Chooses the number of threads of the next steps: halved down to 1, and doubled again.
 
     Args:
         now: a clock, in seconds.

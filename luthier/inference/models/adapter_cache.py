@@ -1,4 +1,4 @@
-"""Artifacts in memory: loaded when first wanted, held while requests need them, dropped when unused.
+"""The cache of adapters and full models in memory: loaded on first use, evicted when idle.
 
 Runs on the event loop; loading.py loads and removes them. Adapters and full models have a budget of bytes
 each; together they stay below the limit of the process (memory.py).
@@ -59,12 +59,12 @@ class CacheEntry:
 
     @property
     def is_pinned(self) -> bool:
-        """Whether it stays when nobody needs it."""
+        """Whether it stays while idle."""
         return time.monotonic() < self.pinned_until
 
     @property
     def is_idle(self) -> bool:
-        """Whether nobody needs it now, and it may leave."""
+        """Whether no request uses it and it may be evicted."""
         return self.num_holders == 0 and not self.is_pinned and self.loading.done()
 
     @property
@@ -80,7 +80,7 @@ _SETTINGS = {
 }
 
 
-# While weights are laid out, what was read of them is there too.
+# While weights are converted, the read ones are in memory too.
 _LOADED_TIMES = {Kind.WHOLE: 2, Kind.PACKED: 1}
 _NAMES = {Kind.WHOLE: "fully tuned models", Kind.PACKED: "adapters"}
 
@@ -93,7 +93,7 @@ class AdapterCache:
         budget: of the runner of each model that is loaded.
         max_pinned_share: of the memory of each kind, for the pinned models of one project.
         max_waiting: requests that may wait for what is not in memory yet; more are refused.
-        fit: makes room for so many more bytes of the process, and returns how many are missing all the same.
+        fit: makes room for a number of bytes, and returns how many are still missing.
         drop_base: drops a base that no request needs, and returns whether there was one.
     """
 
@@ -121,18 +121,18 @@ class AdapterCache:
         self._num_evictions: Counter[Kind] = Counter()
         # Of bases on their way, which are no entries.
         self._expected_bytes = 0
-        # Two who looked for room at once would both take what there is.
+        # Two that looked for room at once would both take what there is.
         self._making_way = asyncio.Lock()
         # The one unused for longest first.
         self._entries: OrderedDict[ModelKey, CacheEntry] = OrderedDict()
-        # CacheStats by whoever waits for memory: asyncio's locks are fair, so that nobody overtakes.
+        # Held by the request that waits for memory: asyncio's locks are fair.
         self._turns = {kind: asyncio.Lock() for kind in self._max_bytes}
-        # One for each kind of waiter, who may clear his own alone.
+        # One for each kind, which clears its own alone.
         self._released = {kind: asyncio.Event() for kind in self._max_bytes}
 
     @property
     def digests(self) -> list[str]:
-        """Digests of the artifacts in memory and of what they lie on, the one unused for longest first."""
+        """Digests of the artifacts in memory and of the full models below them, least recently used first."""
         return [copy.digest for entry in list(self._entries.values()) for copy in entry.served.copies]
 
     @property
@@ -182,20 +182,20 @@ class AdapterCache:
 
     @property
     def leaving_bytes(self) -> int:
-        """Bytes of the artifacts that may leave once nobody asks them anything."""
+        """Bytes of the artifacts that can be evicted once they are idle."""
         return sum(entry.num_bytes for entry in self._entries.values() if not entry.is_pinned)
 
     async def give_back(self, num_bytes: int) -> None:
         """Drop idle artifacts, the one unused for longest first, until so much is free."""
         if self._drop_idle(num_bytes):
-            # Rows whose client has left may hold them until the engine's next turn.
+            # Sequences of clients that left may hold them until the engine's next step.
             await asyncio.wrap_future(self._engine.sweep())
 
     def forget(self, digest: str) -> bool:
-        """Drop an artifact that nobody will ask for again, pinned or not, unless it is answering just now.
+        """Evict a deleted artifact, pinned or not, unless a request uses it.
 
         Returns:
-            Whether nothing lies on it any more.
+            Whether it is out of memory.
         """
         for key, entry in list(self._entries.items()):
             if key[1] == digest and entry.num_holders == 0 and entry.is_ready:
@@ -217,7 +217,7 @@ class AdapterCache:
         return True
 
     def wake(self) -> None:
-        """Let those who wait for room look again."""
+        """Wake the requests that wait for room."""
         self._wake_waiting()
 
     async def make_way(self, num_bytes: int) -> bool:
@@ -231,7 +231,7 @@ class AdapterCache:
         """
         async with self._making_way:
             missing = await self._fit(num_bytes + self.loading_bytes)
-            # Nobody leaves for one that comes in none the more.
+            # Nothing is evicted for a model that would not fit all the same.
             if 0 < missing <= self.leaving_bytes:
                 await self.give_back(missing)
                 missing = await self._fit(num_bytes + self.loading_bytes)
@@ -245,7 +245,7 @@ class AdapterCache:
         return missing <= 0
 
     async def hold(self, served: ServedModel, *, pinned_by: str | None = None) -> ReadyModel:
-        """Return a model in memory, which stays there until it is released as often as it was held.
+        """Return a model in memory, where it stays until it is released as often as it was held.
 
         Args:
             pinned_by: the project as whose pinned model it stays when idle, for a day or until it
@@ -279,7 +279,7 @@ class AdapterCache:
             self._num_waiting -= 1
 
     def release(self, ready: ReadyModel) -> None:
-        """Say that a request needs a model no longer."""
+        """Release a held model."""
         entry = self._entries.get(ready.served.key)
         if entry is not None:
             self._release(entry)
@@ -306,7 +306,7 @@ class AdapterCache:
         entry.pin(project_id)
 
     def _find(self, served: ServedModel) -> CacheEntry | None:
-        """Return an artifact in memory, unless it is one of those for whose memory somebody waits."""
+        """Return an artifact in memory, unless a request waits for memory of its kind."""
         entry = self._entries.get(served.key)
         if entry is None or self._turns[entry.kind].locked():
             return None
@@ -366,7 +366,7 @@ class AdapterCache:
             self._num_loads[entry.kind] += 1
         elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
-        # Whoever wanted it may have left meanwhile: it is idle from now on.
+        # The request may have been cancelled meanwhile: it is idle from now on.
         self._wake_waiting()
 
     async def _make_room(self, kind: Kind, num_bytes: int) -> None:
@@ -388,7 +388,7 @@ class AdapterCache:
             self._released[kind].clear()
             if self._leave_idle(kind, lambda: self.num_bytes(kind) + num_bytes <= max_bytes):
                 if kind is Kind.WHOLE:
-                    # Rows whose client has left may still hold weights until their next turn.
+                    # Sequences of clients that left may hold weights until the engine's next step.
                     await asyncio.wrap_future(self._engine.sweep())
                 if await self.make_way(_LOADED_TIMES[kind] * num_bytes):
                     return

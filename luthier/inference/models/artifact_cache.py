@@ -1,4 +1,4 @@
-"""Copies of artifacts on the local disk: fetched, verified, dropped when unused for long.
+"""The cache of artifacts on the local disk: fetched, verified, evicted when unused.
 
 A copy is worth nothing: it may vanish or be damaged at any time and is then fetched again. Where artifacts
 are published on the same disk its files are second names of theirs, which costs nothing and outlives them.
@@ -25,7 +25,7 @@ from luthier.storage.manifests import (
 )
 from luthier.storage.store import Storage
 
-# How long nobody must have wanted a copy of an earlier process before it may be dropped.
+# Seconds without use after which a copy of an earlier process may be dropped.
 _ORPHAN_SECONDS = 600.0
 # Beside a copy's files, which its manifest names.
 _VERIFIED_NAME = ".verified.json"
@@ -111,7 +111,7 @@ def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -
         digest: the digest that its manifest must have.
 
     Returns:
-        The copy, not verified; None where it is to be fetched, or to be told why it can't be.
+        The copy, not verified; None where it must be fetched.
     """
     if storage.local_root is None or not _DIGEST.fullmatch(digest):
         return None
@@ -126,7 +126,7 @@ def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -
                 _link_files(published, copy.names, folder)
         copy = _copy_in(folder)
     except (OSError, ArtifactCorruptError):
-        # On another disk, or damaged: fetching tells.
+        # On another disk, or damaged: fetching raises the reason.
         return None
     return replace(copy, prefix=prefix) if copy.digest == digest else None
 
@@ -148,7 +148,7 @@ def _link_files(published: Path, names: tuple[str, ...], folder: Path) -> None:
 
 
 def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> CachedArtifact:
-    """Make sure that an artifact lies in the cache, verified. Blocks; never call it on the engine's thread.
+    """Fetch an artifact into the cache and verify it. Blocks; never call it on the engine's thread.
 
     Args:
         storage: where artifacts are published.
@@ -224,7 +224,7 @@ def find_deleted(storage: Storage, copies: Iterable[CachedArtifact]) -> list[Cac
         copies: of which those that are not known to have been published anywhere are passed over.
 
     Returns:
-        The copies, which nobody will ask for again.
+        The copies of deleted artifacts.
 
     Raises:
         UnavailableError: when storage can't be used right now.
@@ -236,7 +236,7 @@ def drop_orphans(storage: Storage, cache_dir: Path, known: Collection[str]) -> N
     """Delete copies of earlier processes that were second names of files which have no other name now.
 
     Args:
-        storage: where artifacts are published; only of what is on the cache's disk can this be told.
+        storage: where artifacts are published; only those on the cache's own disk are checked.
         known: digests of the copies that this process has had to do with, which stay.
     """
     root = storage.local_root

@@ -1,4 +1,4 @@
-"""Bases in memory: weights, tokenizer and template of each, loaded once and shared by all its models."""
+"""Base models in memory: weights, tokenizer and template, loaded once and shared by all tuned models."""
 
 import asyncio
 import logging
@@ -85,7 +85,7 @@ class LoadedBase:
 class ServedModel:
     """A base, and maybe an artifact of it: its digest and the verified copy on the local disk.
 
-    `full_model` is the copy of the whole model that the artifact lies on in place of the base's weights.
+    `full_model` is the cached full model that the artifact was trained on instead of the base.
     """
 
     base: LoadedBase
@@ -95,7 +95,7 @@ class ServedModel:
 
     @property
     def key(self) -> ModelKey:
-        """What tells this model's weights from any other's."""
+        """Identifies the weights."""
         return self.base.facts.id, self.digest
 
     @property
@@ -142,7 +142,7 @@ def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
     """Look a fetched base up.
 
     Args:
-        settings: says where bases lie.
+        settings: names the folder of bases.
 
     Returns:
         What is known of it.
@@ -164,7 +164,7 @@ def load(settings: Settings, base_id: str, dtype: torch.dtype | None = None) -> 
     """Load a fetched base onto the device of the settings. Takes seconds; only one thread may call it.
 
     Args:
-        settings: says where bases lie, the device and the type of the weights.
+        settings: the folder of bases, the device and the type of the weights.
         dtype: another type than that.
 
     Returns:
@@ -280,7 +280,7 @@ ResultT = TypeVar("ResultT")
 # transformers changes torch itself while it builds a model, its initialisers and its default type. Of two
 # threads that do so at once each may put the other's changes back, and no model can be loaded any more.
 _ONE_AT_A_TIME = threading.Lock()
-# Who waits for his turn holds no thread that others need.
+# A load that waits holds no thread that others need.
 _THREAD = ThreadPoolExecutor(
     1, thread_name_prefix="weights", initializer=torch.set_num_threads, initargs=(1,)
 )
@@ -297,7 +297,7 @@ def load_weights(
     """Load a causal language model as `load_base` does; any thread may call it.
 
     Args:
-        device: where they are to lie.
+        device: where to put them.
         refuse_extra: also refuse tensors that the architecture has no place for.
 
     Returns:

@@ -1,4 +1,4 @@
-"""From an artifact's copy to weights that answer: measured, checked, packed, verified, and taken away.
+"""Loads a tuned model into memory: measures, checks, adds to a runner, verifies, removes.
 
 Nothing here counts memory or decides who leaves.
 
@@ -115,8 +115,8 @@ async def load(
     for its copy. One that fails in bfloat16 alone is served in float32.
 
     Args:
-        kind: what `measure` told.
-        opening: entered while weights of so many bytes more are loaded beside it.
+        kind: as `measure` returns it.
+        opening: entered with the bytes of further weights that are loaded.
         spare: the same for a verification, which takes the place of no other model or base.
 
     Returns:

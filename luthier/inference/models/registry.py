@@ -1,6 +1,6 @@
-"""From the target that the API names to weights that can answer: bases and artifacts, each loaded once.
+"""Resolves a target to a model in memory: base models and artifacts, each loaded once.
 
-Runs on the event loop; whatever takes long goes to a thread, so that nobody else's answer is held up.
+Runs on the event loop; long work runs in threads, so that it delays no other answer.
 """
 
 import asyncio
@@ -82,7 +82,7 @@ class Models:
     """What this process has loaded or fetched.
 
     Args:
-        settings: says where bases and artifacts lie, and how much memory whole models may take.
+        settings: folders of bases and artifacts, and memory for full models.
         on_first_base: called in a thread when a base was loaded, before anybody has it or anything else is.
     """
 
@@ -154,7 +154,7 @@ class Models:
             if loading is None:
                 loading = self._loading[base_id] = asyncio.ensure_future(self._load_base(base_id, facts))
                 loading.add_done_callback(partial(self._end_loading, base_id))
-            # Whoever asked may leave; the next one finds what he waited for.
+            # The request may be cancelled; the next one finds the base.
             await asyncio.shield(loading)
         return self._bases[base_id]
 
@@ -212,7 +212,7 @@ class Models:
         return sum(base.num_bytes for base in self._bases.values()) + sum(self._coming.values())
 
     def _load_first(self, base_id: str) -> LoadedBase:
-        """Load a base, and tell of the first while nobody has it and no weights are on their way."""
+        """Load a base, and call `on_first_base` for the first one before any request has it."""
         base = base_models.load(self._settings, base_id)
         on_first_base, self._on_first_base = self._on_first_base, None
         if on_first_base is not None:
@@ -222,7 +222,7 @@ class Models:
     def _end_loading(self, base_id: str, loading: "asyncio.Task[None]") -> None:
         del self._loading[base_id]
         if not loading.cancelled():
-            # Everybody who waited may have left.
+            # All requests that waited may be cancelled.
             loading.exception()
 
     async def get(self, target: ModelTarget) -> ServedModel:
@@ -290,7 +290,7 @@ class Models:
         return lent_bytes
 
     async def drop_deleted(self) -> None:
-        """Let go of artifacts that were deleted where they were published: in memory, and on this disk.
+        """Remove artifacts from memory and this disk that were deleted from storage.
 
         Raises:
             UnavailableError: when storage can't be used right now.
@@ -330,7 +330,7 @@ class Models:
     async def _place(
         self, base: LoadedBase, target: ModelTarget, *, failed: ServedModel | None
     ) -> ServedModel:
-        """Return the served model, fetched unless somebody else did so since it was missed or failed."""
+        """Return the served model, fetched unless another request did so meanwhile."""
         digest = str(target.digest)
         key = (base.facts.id, digest)
         async with self._locks.setdefault(digest, asyncio.Lock()):

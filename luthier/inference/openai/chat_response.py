@@ -228,7 +228,7 @@ class ChatFormatter(ChoicesShape):
 
 
 class CompletionFormatter(ChoicesShape):
-    """Answers of /v1/completions; chunks bear the same object name as whole answers."""
+    """Answers of /v1/completions; chunks have the same object name as whole answers."""
 
     object_name = "text_completion"
     chunk_object_name = "text_completion"

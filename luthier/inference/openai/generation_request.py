@@ -1,4 +1,4 @@
-"""From a checked request to what the engine is given: prompts, options, a seed for every choice.
+"""Turns a checked request into a generation request: prompts, options, a seed for every choice.
 
 Blocks for long texts; the server calls it in threads. Submits nothing.
 """
@@ -24,7 +24,7 @@ from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_
 
 @dataclass(frozen=True)
 class PromptEcho:
-    """A prompt's text; `starts` are the characters at which its tokens begin, empty where nobody asks."""
+    """A prompt's text; `starts` are the characters at which its tokens begin, empty unless asked for."""
 
     text: str
     starts: tuple[int, ...] = ()
@@ -117,7 +117,7 @@ def plan_chat(
     max_cache_tokens: int,
     grammars: Grammars,
 ) -> GenerationRequest:
-    """Turn a chat request into a plan of one prompt.
+    """Turn a chat request into a generation request of one prompt.
 
     Args:
         max_tokens_default: answer length in tokens when the request names none.
@@ -187,7 +187,7 @@ def _check_places(request: ChatRequest, template: ChatTemplate) -> None:
 def plan_completion(
     request: CompletionRequest, ready: ReadyModel, *, max_cache_tokens: int
 ) -> GenerationRequest:
-    """Turn a completion request into a plan.
+    """Turn a completion request into a generation request.
 
     Args:
         max_cache_tokens: tokens of prompt and answer that the server can hold for one row.
@@ -279,7 +279,7 @@ class ContextLimit:
         """Tokenise a rendered prompt that fits.
 
         Args:
-            text: the prompt. One whose length tells that it can't fit is refused before it is tokenised,
+            text: the prompt. One that is too long to fit is refused before it is tokenised,
                 which takes seconds for megabytes.
 
         Raises:

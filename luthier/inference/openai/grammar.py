@@ -229,8 +229,8 @@ def _reason(matcher: LLMatcher) -> str:
     line = matcher.get_error().partition("\n")[0]
     if "panic" in line or "fuel" in line or "too big" in line:
         return "it is too complex."
-    _, mark, told = line.partition("failed to compile JSON schema: ")
-    return (told if mark else line)[:_MAX_MESSAGE_CHARS] or "it is too complex."
+    _, mark, reason = line.partition("failed to compile JSON schema: ")
+    return (reason if mark else line)[:_MAX_MESSAGE_CHARS] or "it is too complex."
 
 
 _MAX_BYTES = 256 * 1024

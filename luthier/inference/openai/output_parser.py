@@ -29,7 +29,7 @@ class Part:
 
 @dataclass
 class _Reading:
-    """One choice's text on its way: its reader, None where no tools are, and choices not yet told of."""
+    """One choice's text so far: its parser, None without tools, and choices that are not reported yet."""
 
     reader: ToolCallParser | None
     choices: list[ChoiceAt] = field(default_factory=list)

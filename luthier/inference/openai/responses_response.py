@@ -122,11 +122,11 @@ class ResponsesFormatter(ResponseFormatter):
 
     def error_events(self, error: LuthierError) -> list[bytes]:
         """Return the failure by itself and in the response that it ends."""
-        told = self._event("error", code=error.code, message=error.message, param=error.param)
+        failed = self._event("error", code=error.code, message=error.message, param=error.param)
         items = [item.to_object("incomplete") for item in self._items]
         response = self._object("failed", items)
         response["error"] = {"code": "server_error", "message": error.message}
-        return [told, self._event("response.failed", response=response)]
+        return [failed, self._event("response.failed", response=response)]
 
     def _add_message(self) -> _Item:
         content = {"id": new_id("response_message"), "type": "message", "role": "assistant"}

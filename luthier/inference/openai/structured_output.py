@@ -141,7 +141,7 @@ def choose_grammar(
     if not must_call and answer is None and not is_marked_strict:
         return None
     if answer is not None:
-        # Alone first, so that a fault of its own is told by its name.
+        # Alone first, so that an error names the tool.
         compile_grammar(f"start: {answer.to_rule()}", answer.param)
     enforced = _enforceable(tools.callable, budget, compile_grammar)
     if must_call:

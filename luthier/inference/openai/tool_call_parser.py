@@ -76,16 +76,16 @@ class ToolCallParser:
         """Return what is left when no more text can come; a call that was begun stays as far as it came."""
         parts: list[ReadPart] = []
         if self._state == "object" and self._begun is None:
-            self._tell(parts, self._opening + self._object.slice())
+            self._report(parts, self._opening + self._object.slice())
         elif self._state in {"text", "start"} and not (self.num_calls and not self._held.strip()):
-            self._tell(parts, self._held)
+            self._report(parts, self._held)
         self._held = ""
         return parts
 
     def _step(self, parts: list[ReadPart]) -> bool:
         """Move on over what is held; False when more text must come first."""
         if self._state == "plain":
-            self._tell(parts, self._held)
+            self._report(parts, self._held)
             self._held = ""
             return False
         if self._state == "text":
@@ -97,15 +97,15 @@ class ToolCallParser:
     def _step_text(self, parts: list[ReadPart]) -> bool:
         at = self._held.find(self._mark)
         if at >= 0:
-            self._tell(parts, self._held[:at].rstrip())
+            self._report(parts, self._held[:at].rstrip())
             self._opening = self._held[at : at + len(self._mark)]
             self._held = self._held[at + len(self._mark) :]
             self._state = "between"
             return True
         kept = _num_kept(self._held, self._mark)
-        told = self._held[: len(self._held) - kept]
-        self._tell(parts, told)
-        self._held = self._held[len(told) :]
+        decided = self._held[: len(self._held) - kept]
+        self._report(parts, decided)
+        self._held = self._held[len(decided) :]
         return False
 
     def _step_between(self) -> bool:
@@ -143,7 +143,7 @@ class ToolCallParser:
         return False
 
     def _follow(self, parts: list[ReadPart]) -> None:
-        """Tell of a call as soon as its name is known and its arguments have begun as an object."""
+        """Report a call as soon as its name is known and its arguments have begun as an object."""
         found = self._object
         if found.key != self._syntax.arguments_key or found.value_at < 0:
             return
@@ -154,19 +154,19 @@ class ToolCallParser:
             self._begin(parts, name)
         # White space behind the arguments is none of theirs.
         if found.depth > 1 or found.slice(-1) == "}":
-            self._tell_arguments(parts, found.slice(found.value_at + self._num_arguments_sent))
+            self._report_arguments(parts, found.slice(found.value_at + self._num_arguments_sent))
 
     def _begin(self, parts: list[ReadPart], name: str) -> None:
         length = _SHORT_ID if self._syntax.has_short_ids else _LONG_ID
         letters = "".join(secrets.choice(_ID_LETTERS) for _ in range(length))
         self._begun = CallBegun(self.num_calls, letters if length == _SHORT_ID else f"call_{letters}", name)
         self.num_calls += 1
-        if self._is_told:
+        if self._is_reported:
             parts.append(self._begun)
 
-    def _tell_arguments(self, parts: list[ReadPart], more: str) -> None:
+    def _report_arguments(self, parts: list[ReadPart], more: str) -> None:
         self._num_arguments_sent += len(more)
-        if more and self._begun is not None and self._is_told:
+        if more and self._begun is not None and self._is_reported:
             parts.append(CallArguments(self._begun.place, more))
 
     def _end_object(self, parts: list[ReadPart]) -> None:
@@ -182,14 +182,14 @@ class ToolCallParser:
                 self._state = "plain"
                 return
             self._begin(parts, name)
-            self._tell_arguments(parts, arguments)
+            self._report_arguments(parts, arguments)
         self._opening, self._state = "", "between"
 
     @property
-    def _is_told(self) -> bool:
+    def _is_reported(self) -> bool:
         return self._is_parallel or self.num_calls <= 1
 
-    def _tell(self, parts: list[ReadPart], text: str) -> None:
+    def _report(self, parts: list[ReadPart], text: str) -> None:
         if text:
             parts.append(text)
 

@@ -29,7 +29,7 @@ _TOOL = {
 # Ids as OpenAI has them, and of the one length that Mistral's templates take.
 _LONG_ID, _SHORT_ID = "call_000000000000000000000001", "abcdefgh1"
 _ASKED = [{"role": "user", "content": "x"}]
-# What models of Hermes' kind are told to write; some of their templates show it in words alone.
+# The syntax of Hermes' models; some of their templates only describe it in words.
 # Some templates write an empty thought before the last answer.
 _THOUGHT = re.compile(r".*</think>\s*", re.DOTALL)
 _HERMES = ("<tool_call>\n", "\n</tool_call>")
@@ -63,7 +63,7 @@ def render_calls(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """Render messages, those that have calls in place of a text included.
+    """Render messages, those with calls instead of text included.
 
     Args:
         add_generation_prompt: whether to open an assistant's turn at the end.
@@ -93,7 +93,7 @@ def find_syntax(template: ChatTemplate, tokenizer: Tokenizer) -> CallSyntax | No
         if one is not None:
             break
     else:
-        return _find_told(template, tokenizer)
+        return _find_described(template, tokenizer)
     found = _find_json(one)
     if found is None:
         return None
@@ -142,7 +142,7 @@ def _answer(template: ChatTemplate, tokenizer: Tokenizer, call_ids: Sequence[str
 
 
 def _find_json(text: str) -> tuple[int, int, dict[str, Any], bool] | None:
-    """Return where the first JSON with a call lies, the call, and whether it is in a list."""
+    """Return the place of the first JSON with a call, the call, and whether it is in a list."""
     decoder = json.JSONDecoder()
     for start, letter in enumerate(text):
         if letter not in "[{":
@@ -169,8 +169,8 @@ def _with_between(syntax: CallSyntax, two: str | None) -> CallSyntax:
     return replace(syntax, between=between)
 
 
-def _find_told(template: ChatTemplate, tokenizer: Tokenizer) -> CallSyntax | None:
-    """Return Hermes' syntax where the template names it in what it tells of the tools."""
+def _find_described(template: ChatTemplate, tokenizer: Tokenizer) -> CallSyntax | None:
+    """Return Hermes' syntax where the template names it in its description of tools."""
     try:
         asked = template.render(_ASKED, add_generation_prompt=True, tools=[_TOOL])
     except InvalidValueError:

@@ -42,7 +42,7 @@ class Tools:
 
     @property
     def offered(self) -> tuple[Tool, ...]:
-        """The tools that the model is told of; none where it may not call any."""
+        """The tools in the prompt; none where the model may not call any."""
         return () if self.mode == "none" else self.tools
 
     @property

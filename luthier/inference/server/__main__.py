@@ -155,8 +155,8 @@ async def serve(settings: Settings) -> None:
     asyncio.get_running_loop().set_default_executor(
         ThreadPoolExecutor(thread_name_prefix="loading", initializer=torch.set_num_threads, initargs=(1,))
     )
-    # The engine's thread asks for the interpreter some hundred times a step; by default whoever has it may
-    # keep it for 5 ms each time.
+    # The engine's thread takes the GIL some hundred times a step; by default another thread may keep it for
+    # 5 ms each time.
     sys.setswitchinterval(_SWITCH_SECONDS)
     listener = open_socket(settings.inference_url)
     socket_path = None if is_tcp else Path(listener.getsockname())

@@ -66,13 +66,13 @@ from luthier.inference.server.status import Status
 
 _LOG = logging.getLogger(__name__)
 
-# So often it is looked whether models in memory, or their copies on this disk, were deleted.
+# Seconds between checks for models in memory, or on this disk, that were deleted.
 DELETED_CHECK_SECONDS = 60.0
-# Log-probabilities of so many tokens take a few milliseconds to spell out; streams shall not wait for more.
+# Choices whose log-probabilities are formatted on the event loop, in a few milliseconds.
 _MAX_CHOICES_AT_ONCE = 1000
 # A body of this length is parsed in a millisecond or two.
 _MAX_BYTES_ON_LOOP = 64 * 1024
-# Nor do grammars of schemas take the threads that others plan in and that load models.
+# Grammars of schemas have threads of their own, beside those that load models.
 _NUM_COMPILERS = 2
 # Few, so that the memory of large bodies is that of two.
 _NUM_PARSERS = 2
@@ -259,7 +259,7 @@ def build_app(service: Service, settings: Settings, *, token: str | None) -> ASG
     """Put the endpoints together.
 
     Args:
-        token: what requests must bear; None on a Unix socket, whose mode is the guard.
+        token: the internal token of every request; None on a Unix socket, which its mode protects.
 
     Returns:
         The ASGI app. Its lifespan starts loading the base and does not wait for it.
@@ -305,7 +305,7 @@ async def _preload(models: Models, base_id: str) -> None:
 
 
 async def _drop_deleted(models: Models) -> None:
-    """Let deleted models leave memory and disk, from time to time."""
+    """Remove deleted models from memory and disk, at intervals."""
     while True:
         await asyncio.sleep(DELETED_CHECK_SECONDS)
         try:

@@ -61,7 +61,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_disconnect(_request: Request, _error: Exception) -> Response:
-    # Nobody reads it; 499 is the customary status for the access log.
+    # The client is gone; 499 is the customary status for the access log.
     return Response(status_code=499)
 
 
@@ -91,7 +91,7 @@ class FaultGate:
 
 
 class TokenGate:
-    """Let only requests pass that bear the internal token.
+    """Refuse requests without the internal token.
 
     Args:
         token: the token, not empty.

@@ -1,4 +1,4 @@
-"""What the server tells of itself to the API: what it holds, and how busy it is.
+"""Health, state and metrics of the inference server.
 
 Read on the event loop while the engine's thread works; nothing here waits for that thread.
 """
@@ -20,7 +20,7 @@ from luthier.inference.server.http import json_response
 
 
 class Status:
-    """The endpoints that tell of the process."""
+    """The endpoints for health, state and metrics."""
 
     def __init__(self, settings: Settings, engine: Engine, models: Models) -> None:
         self._settings = settings
@@ -37,12 +37,12 @@ class Status:
         return is_running and (not base or self._models.is_loaded(base))
 
     async def health(self, _request: Request) -> Response:
-        """Say that the process answers, and whether its preloaded base does."""
+        """Return whether the process answers, and whether its preloaded base does."""
         base = self._settings.preload_base
         return json_response({"status": "ok", "base": base, "ready": self.is_ready})
 
     async def state(self, _request: Request) -> Response:
-        """Tell the API what to choose servers by."""
+        """Return what the API chooses a replica by."""
         return json_response(
             {
                 "ready": self.is_ready,
@@ -58,7 +58,7 @@ class Status:
         )
 
     async def metrics(self, request: Request) -> Response:
-        """Tell Prometheus what the process has done and holds."""
+        """Return the metrics in Prometheus' format."""
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self._registry), media_type=media_type)
 

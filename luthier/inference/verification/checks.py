@@ -1,4 +1,4 @@
-"""What an artifact must prove before it answers anybody, whatever its method and wherever it lies.
+"""Checks of an artifact's files and logits, of any method and on any runner.
 
 Legend: `V` vocabulary.
 """
@@ -100,7 +100,7 @@ def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[
 
 
 def gap_between(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return how far logits are apart, as the norm of their gap over the norm of those expected."""
+    """Return the norm of the gap between logits, relative to the norm of those expected."""
     return float((found - expected).norm() / expected.norm())
 
 
@@ -111,7 +111,7 @@ def _largest_rounded_gap(canary: Canary) -> float:
 def check_row(
     begun_V: torch.Tensor, base_begun_V: torch.Tensor, row_V: torch.Tensor, base_row_V: torch.Tensor
 ) -> None:
-    """Check that a token by itself, which other code runs, has the adapter that it has in a stretch.
+    """Check that a decoded token, which other kernels run, has the adapter that a prefilled one has.
 
     Args:
         begun_V: what the model says after a text's first token, float32.

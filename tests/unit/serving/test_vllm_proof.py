@@ -62,7 +62,7 @@ def test_an_adapter_that_changes_nothing_is_found_however_little_it_should_chang
 
 def test_what_is_missing_or_not_finite_proves_nothing() -> None:
     few = dict(list(told().items())[:15])
-    with pytest.raises(SelfCheckError, match="does not tell the logits"):
+    with pytest.raises(SelfCheckError, match="does not return the logits"):
         _vllm_proof.check(CANARY, few, told())
     for place in ({"token_id:100": float("nan")}, {"a": 1.0}, None):
         content = json.dumps({"choices": [{"logprobs": {"top_logprobs": [place]}}]}).encode()
