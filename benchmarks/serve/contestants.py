@@ -1,6 +1,7 @@
 """What runs streams: our server, a peer's process, a peer's server. All answer the same question alike."""
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,7 +91,8 @@ class PeerProcess:
         num_tokens: int,
         scratch: Path,
     ) -> None:
-        python = ensure_environment(contest.environment)
+        own = Path(sys.executable)
+        python = own if contest.environment is None else ensure_environment(contest.environment)
         loader = scratch / "bottleneck_loader.py"
         loader.write_text(LOADER)
         order = scratch / f"order-{contest.name}.json"
@@ -165,6 +167,7 @@ class TransformersServe:
         tokenizer: Tokenizer,
         scratch: Path,
     ) -> None:
+        assert contest.environment is not None
         python = ensure_environment(contest.environment)
         port = free_port()
         self._url, self._base = f"http://127.0.0.1:{port}", str(base)

@@ -31,14 +31,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contest:
-    """A peer in a row: `script` runs in the environment `environment` of .venv-peers.
+    """A peer in a row: `script` runs in the environment `environment` of .venv-peers, or in our own.
 
     `in_process`: it is called directly, where ours and the others are asked over HTTP.
     """
 
     name: str
     title: str
-    environment: str
+    environment: str | None
     script: str
     settings: tuple[Setting, ...]
     in_process: bool = True
@@ -122,6 +122,10 @@ _LLAMA_CPP_LOOKUP = Contest(
     ),
 )
 
+_PAGED = Contest(
+    "paged", "ours without compiled kernels, in process", None, "serve_paged", (Setting("bf16", {}),)
+)
+
 STREAM_ROWS: dict[str, StreamRow] = {
     row.name: row
     for row in (
@@ -130,14 +134,14 @@ STREAM_ROWS: dict[str, StreamRow] = {
             "16 streams on 16 LoRA models of rank 16, all linear layers",
             NUM_STREAMS,
             {"lora": NUM_STREAMS},
-            (_vllm(lora=True), _hf("adapter_names", "PEFT `adapter_names`, rows sorted")),
+            (_vllm(lora=True), _hf("adapter_names", "PEFT `adapter_names`, rows sorted"), _PAGED),
         ),
         StreamRow(
             "base-16",
             "16 streams on the base",
             NUM_STREAMS,
             {},
-            (_vllm(), _SERVE, _hf("batching", "transformers `generate_batch`, continuous batching")),
+            (_vllm(), _SERVE, _hf("batching", "transformers `generate_batch`, continuous batching"), _PAGED),
         ),
         StreamRow(
             "base-1",
@@ -149,6 +153,7 @@ STREAM_ROWS: dict[str, StreamRow] = {
                 _LLAMA_CPP,
                 _HF_LOOKUP,
                 _LLAMA_CPP_LOOKUP,
+                _PAGED,
             ),
             is_also_plain=True,
         ),
@@ -157,7 +162,7 @@ STREAM_ROWS: dict[str, StreamRow] = {
             "16 streams: 4 LoRA, 4 prefix, 4 prompt, 4 adapter, each on a model of its own",
             NUM_STREAMS,
             {"lora": 4, "prefix": 4, "prompt": 4, "adapter": 4},
-            (_hf("groups", "PEFT, one group after another"),),
+            (_hf("groups", "PEFT, one group after another"), _PAGED),
             beside="lora-16",
         ),
     )

@@ -21,7 +21,7 @@ from transformers import (
     T5Config,
 )
 
-from luthier.core.errors import ArtifactCorruptError
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.inference.runners.paged import PagedProvider, PagedRunner
 from luthier.methods import Attached, Method
@@ -336,27 +336,36 @@ def test_a_fully_tuned_model_runs_in_a_runner_of_its_own_beside_the_base(
 
 
 @torch.no_grad()
-def test_a_model_that_is_not_finite_changes_no_other_sequence(
+def test_results_that_are_not_finite_change_no_other_sequence(
     families: dict[str, Family], served_bench: Bench, tmp_path: Path
 ) -> None:
-    """Nor through the blocks that it leaves behind."""
-    artifact = make_artifact(served_bench, "qwen3", _DENSE["lora"], tmp_path / "nan", 0)
+    """Nor through the blocks that they leave behind."""
+    artifact = make_artifact(served_bench, "qwen3", _DENSE["lora"], tmp_path / "huge", 0)
     assert artifact.source.parts is not None
-    artifact.source.parts.low_ranks[0].b_OR[:] = torch.nan
-    runner = families["qwen3"].runner
+    for part in artifact.source.parts.low_ranks:
+        part.b_OR[:] = 1e30
+    family = families["qwen3"]
+    runner = family.runner
     adapter = runner.add_adapter(artifact.source).adapter
     tokens = [11, 12, 13, 14, 15, 16]
     broken = TokenChunk(tokens, 0, [3, 5], adapter, 5)
-    expected_V = families["qwen3"].expected(None, tokens)[-1]
-    for other in (TokenChunk(tokens, 0, [1, 2], None, 5), TokenChunk(tokens, 0, [5, 3], None, 5)):
-        beside = [broken, other] if other.block_table == [1, 2] else [other]
-        logits = runner.execute(ScheduledBatch(beside))
-        assert logits.greedy()[-1] == int(expected_V.argmax())
-        assert (logits.rows([len(beside) - 1])[0] - expected_V).abs().max() < 1e-4
-        if len(beside) == 2:
-            assert logits.greedy()[0] == -1
-            assert logits.draw([0, 1], temperatures=[1.0] * 2, top_p=[1.0] * 2, points=[0.5] * 2)[0] is None
+    for name in (None, "lora", "houlsby"):
+        expected_V = family.expected(name, tokens)[-1]
+        other = None if name is None else family.ids[name]
+        for table in ([1, 2], [5, 3]):
+            chunk = TokenChunk(tokens, 0, table, other, 5)
+            beside = [broken, chunk] if table == [1, 2] else [chunk]
+            logits = runner.execute(ScheduledBatch(beside))
+            assert logits.greedy()[-1] == int(expected_V.argmax())
+            assert (logits.rows([len(beside) - 1])[0] - expected_V).abs().max() < 1e-4
+            if len(beside) == 2:
+                assert logits.greedy()[0] == -1
+                drawn = logits.draw([0, 1], temperatures=[1.0] * 2, top_p=[1.0] * 2, points=[0.5] * 2)
+                assert drawn[0] is None
     runner.remove_adapter(adapter)
+    artifact.source.parts.low_ranks[0].b_OR[0, 0] = torch.nan
+    with pytest.raises(SelfCheckError, match="not finite"):
+        runner.add_adapter(artifact.source)
 
 
 def test_tokens_are_drawn_at_points_of_the_mass(families: dict[str, Family]) -> None:

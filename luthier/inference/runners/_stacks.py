@@ -20,7 +20,7 @@ from torch.nn.functional import grouped_mm
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from luthier.core.errors import ArtifactCorruptError
+from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.runners._onednn import row_major
 from luthier.methods._bottleneck import ACTIVATIONS
 from luthier.methods.base import BottleneckPart, LowRankPart, ServedParts
@@ -155,14 +155,18 @@ class AdapterStacks:
 
     @torch.no_grad()
     def prepare(self, parts: ServedParts) -> list["Placement"]:
-        """Convert an adapter's parts, whose values are finite. Touches nothing that a pass uses.
+        """Convert an adapter's parts. Touches nothing that a pass uses.
 
         Raises:
             ArtifactCorruptError: when a part fits no module.
+            SelfCheckError: when a value is not finite: 0 times it would reach other adapters' tokens.
             UnsupportedAdapterError: when a module can't be updated here.
         """
         found = [one for part in parts.low_ranks for one in self._place_low_rank(part)]
-        return found + [self._place_bottleneck(part) for part in parts.bottlenecks]
+        found += [self._place_bottleneck(part) for part in parts.bottlenecks]
+        if not all(bool(value.isfinite().all()) for one in found for value in one.values):
+            raise SelfCheckError("The model's weights are not finite; it is not served.")
+        return found
 
     @torch.no_grad()
     def add(self, placements: Sequence["Placement"]) -> int:
