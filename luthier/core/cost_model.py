@@ -32,7 +32,7 @@ _MAX_JOBS = 5
 # context.
 _PROCESS_BYTES = {"cpu": 610_000_000, "cuda": 500_000_000}
 # Kept for the backward pass by token, layer and hidden number in bfloat16, with LoRA on all linear layers: of
-# Llama as our kernels compute it, and of any base by transformers and PEFT.
+# Llama as an accelerator of the CPU computes it, and of any base by transformers and PEFT.
 _FUSED_BYTES, _REFERENCE_BYTES = 24, 90
 # Logits held at a time (luthier.modeling.head_loss), and tokens on which a checkpoint is verified.
 _CHUNK_LOGITS = 12 * 1024 * 1024
@@ -47,7 +47,8 @@ class MethodCost:
     """A method's own part of a cost, by formula.
 
     `num_parameters` are trained, `num_saved` are in an artifact. `num_virtual_tokens` run before each row as
-    tokens do, `num_virtual_keys` are only seen by them. `is_fused`: our kernels for Llama can run it.
+    tokens do, `num_virtual_keys` are only seen by them. `is_fused`: an accelerator of the CPU
+    can run it on a Llama.
     """
 
     num_parameters: int
@@ -176,7 +177,7 @@ def peak_bytes(
     size = NUMBER_BYTES[precision]
     weights = shape.num_parameters * size
     head = shape.hidden_size * shape.vocabulary_size * size
-    kept = _FUSED_BYTES if shape.is_llama and cost.is_fused else _REFERENCE_BYTES
+    kept = _FUSED_BYTES if device == "cpu" and shape.is_llama and cost.is_fused else _REFERENCE_BYTES
     activations = num_tokens * shape.num_layers * shape.hidden_size * kept * size // 2
     activations += 2 * min(num_tokens * shape.vocabulary_size, _CHUNK_LOGITS) * size
     # Two averages and the gradient, beside an adapter's float32 parameters or the rest of a weight's master.

@@ -25,7 +25,6 @@ from luthier_cpu.decode.batch_layout import (
     TokenRows,
 )
 from luthier_cpu.decode.logits import Logits
-from luthier_cpu.decode.ops import CompiledOps
 from luthier_cpu.decode.sampling import find_best
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class DecodePrograms:
         self._recorded_for = (0, 0)
 
     @staticmethod
-    def can_run(llama: "PackedLlama", stretches: Sequence[Stretch]) -> bool:
+    def can_run(stretches: Sequence[Stretch]) -> bool:
         """Whether a step is one of these: single rows, or few of one sequence, that all want their logits."""
         num_rows = 0
         for one in stretches:
@@ -77,7 +76,7 @@ class DecodePrograms:
             if one.num_logits != count or not (one.by_rows or count == 1):
                 return False
             num_rows += count
-        return 0 < num_rows <= MAX_ROWS and isinstance(llama.ops, CompiledOps)
+        return 0 < num_rows <= MAX_ROWS
 
     def step(
         self,
@@ -119,7 +118,7 @@ class DecodePrograms:
         are_known = all(
             one is None or (one.max_rank <= STRETCH_RANK and not one.has_bottlenecks) for one in adapters
         )
-        return isinstance(llama.ops, CompiledOps) and llama.ops.has_stretches and are_known
+        return llama.ops.has_stretches and are_known
 
     @staticmethod
     def run_layers(
@@ -140,7 +139,6 @@ class DecodePrograms:
     def _program(
         self, llama: "PackedLlama", adapters: Sequence[Described | None], *, are_alone: bool
     ) -> "Program":
-        assert isinstance(llama.ops, CompiledOps)
         recorded_for = torch.get_num_threads(), llama.ops.memory_at
         if recorded_for != self._recorded_for:
             self._programs.clear()

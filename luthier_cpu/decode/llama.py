@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from luthier_cpu.codegen import kernels
 from luthier_cpu.decode.batch import Buffers, Chunk, Stretch, Work
 from luthier_cpu.decode.batch_layout import (
     ATTENTION_IN,
@@ -30,8 +29,7 @@ from luthier_cpu.decode.batch_layout import (
 )
 from luthier_cpu.decode.decode_graph import DecodePrograms
 from luthier_cpu.decode.logits import Logits
-from luthier_cpu.decode.ops import CompiledOps, Ops
-from luthier_cpu.decode.reference_ops import PlainOps
+from luthier_cpu.decode.ops import CompiledOps
 from luthier_cpu.decode.weight_memory import Block, WeightMemory, linears_of, pack_block
 from luthier_cpu.training.llama import is_known_base
 
@@ -85,7 +83,7 @@ class PackedLlama:
         self.context_length = len(cosine_TC)
         wide, half = config.intermediate_size, config.hidden_size
         self.site_widths = (*self.heads.widths, half, wide, wide, half)
-        self.ops: Ops = self._make_ops()
+        self.ops = CompiledOps(self.heads, self.site_widths, self._norm_D, MAX_MIDDLE)
         self.pages = Pages(
             num_layers=self.num_layers,
             num_pages=num_pages,
@@ -112,11 +110,6 @@ class PackedLlama:
         """Logits of a row."""
         return self._head.num_outputs
 
-    def _make_ops(self) -> Ops:
-        if kernels.is_compiled(self._norm_D):
-            return CompiledOps(self.heads, self.site_widths, self._norm_D, MAX_MIDDLE)
-        return PlainOps(self.heads, self.site_widths)
-
     def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> Logits:
         """Run tokens, and put their keys and values into their sequences' pages.
 
@@ -138,7 +131,7 @@ class PackedLlama:
                 raise ValueError("A stretch is longer than its pages, or than the context.")
             if one.by_rows and one.num_logits != len(one):
                 raise ValueError("A stretch that runs by rows wants the logits after each of them.")
-        if self._programs is not None and self._programs.can_run(self, stretches):
+        if self._programs is not None and self._programs.can_run(stretches):
             return self._programs.step(self, stretches, on_launch)
         return self._step_stretches(stretches, on_launch)
 

@@ -1,14 +1,10 @@
-"""What a decode step does between its products, for rows of one token each and an adapter of their own.
-
-`CompiledOps` runs the kernels of `step_kernels.py`, and those over tiles or pairs, on a CPU; `PlainOps`
-(decode/reference_ops.py) does the same in torch's operators. Tests hold the two equal.
+"""The kernels of a decode step between its products, for batches of any adapters.
 
 Legend: N tokens, M rows of one token, D hidden size, K inputs and O outputs of a site, E columns of q, k
 and v.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -27,72 +23,17 @@ from luthier_cpu.decode.batch_layout import (
     SingleRows,
     StretchRows,
     TokenRows,
+    turn,
 )
-from luthier_cpu.decode.reference_ops import attend_at_once
 from luthier_cpu.decode.sampling import prepare_choices
 from luthier_cpu.gemm.products import has_tiles
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS
 
 
-class Ops(Protocol):
-    """What a step asks for between its products. All tensors are changed in place or written.
+class CompiledOps:
+    """The compiled kernels; all tensors are changed in place or written.
 
     `max_alone` is the longest a sequence may be for its tokens to attend faster one by one than all at once.
-    """
-
-    max_alone: int
-
-    def add_norm(
-        self,
-        stream_ND: torch.Tensor,
-        change_ND: torch.Tensor | None,
-        weight_D: torch.Tensor,
-        out_ND: torch.Tensor,
-    ) -> None:
-        """Add the change to the stream, and write the normed and weighted sum."""
-
-    def attend(
-        self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
-    ) -> None:
-        """Put all tokens' keys and values into their pages; let those attend that do so by themselves."""
-
-    def attend_stretches(
-        self,
-        qkv_NE: torch.Tensor,
-        tokens: TokenRows,
-        stretches: StretchRows,
-        pages: Pages,
-        layer: int,
-        out_NK: torch.Tensor,
-    ) -> None:
-        """Let stretches that attend at once do so, their keys and values in their pages."""
-
-    def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
-        """Write silu(gate) * up."""
-
-    def add_low_rank(
-        self,
-        out_NO: torch.Tensor,
-        x_NK: torch.Tensor,
-        rows: SingleRows,
-        layer: int,
-        sites: slice,
-    ) -> None:
-        """Add the rows' low-rank updates to the first M results of layers that share an input."""
-
-    def add_stretches(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
-    ) -> None:
-        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
-
-    def add_bottleneck(
-        self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
-    ) -> None:
-        """Add the rows' bottlenecks to the first M results of a half (0 attention, 1 feed-forward)."""
-
-
-class CompiledOps:
-    """The compiled kernels.
 
     Args:
         site_widths: outputs of each of the seven sites.
@@ -335,3 +276,30 @@ class CompiledOps:
         if self._scratch.numel() < needed:
             self._scratch = torch.empty(needed, dtype=torch.float32)
         return self._scratch.data_ptr(), self._scratch_width
+
+
+def attend_at_once(
+    qkv_NE: torch.Tensor,
+    tokens: TokenRows,
+    stretches: StretchRows,
+    pages: Pages,
+    layer: int,
+    shape: HeadShape,
+    out_NK: torch.Tensor,
+) -> None:
+    """Let stretches whose tokens do not attend one by one attend to all of their sequences so far."""
+    for own, first in zip(stretches.tokens, stretches.positions, strict=True):
+        if own.start < tokens.num_attending:
+            continue
+        num_tokens = own.stop - own.start
+        end = first + num_tokens
+        query_TK = qkv_NE[own, : shape.widths[0]]
+        query = turn(query_TK.unflatten(-1, (-1, shape.size)), tokens.positions_N[own], shape)
+        pages_W = tokens.pages_NW[own.start, : -(-end // PAGE_SIZE)]
+        keys, values = pages.gather(layer, pages_W, end)
+        # The query heads of a key head are its rows.
+        by_head = (query * shape.size**-0.5).view(num_tokens, shape.num_kv_heads, -1, shape.size)
+        by_head = by_head.permute(1, 2, 0, 3).reshape(shape.num_kv_heads, -1, shape.size)
+        weights = kernels.causal_softmax_(torch.bmm(by_head, keys.transpose(1, 2)), num_tokens, first)
+        mixed = torch.bmm(weights, values).view(shape.num_kv_heads, -1, num_tokens, shape.size)
+        out_NK[own] = mixed.permute(2, 0, 1, 3).reshape(num_tokens, -1)

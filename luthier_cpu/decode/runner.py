@@ -27,7 +27,6 @@ from luthier_cpu.decode.batch import Stretch as PackedChunk
 from luthier_cpu.decode.batch_layout import PAGE_SIZE
 from luthier_cpu.decode.llama import PackedLlama, can_pack_llama
 from luthier_cpu.decode.logits import Logits
-from luthier_cpu.decode.ops import CompiledOps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +48,7 @@ class PackedRunner:
     Args:
         model: its pages beyond `num_blocks` are those of one sequence of full length, for input vectors.
         read_weight: returns a linear layer's weight [O, K] by its path, for DoRA's norms.
-        max_draft_tokens: of a sequence; 0 without compiled steps, where speculation was not measured.
+        max_draft_tokens: of a sequence.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class PackedRunner:
         self._read_weight = read_weight
         self._adapters: dict[AdapterId, PackedAdapter] = {}
         self._ids = itertools.count()
-        is_compiled = isinstance(model.ops, CompiledOps)
         self.limits = RunnerLimits(
             dtype=str(model.dtype).removeprefix("torch."),
             vocabulary_size=model.vocabulary_size,
@@ -76,8 +74,7 @@ class PackedRunner:
             max_sequences=max_sequences,
             max_prefill_tokens=_MAX_PREFILL_TOKENS,
             max_logit_rows=_MAX_PREFILL_TOKENS + max_sequences,
-            max_draft_tokens=max_draft_tokens if is_compiled else 0,
-            allocates_at_once=model.device.type != "cpu",
+            max_draft_tokens=max_draft_tokens,
         )
 
     def prepare_adapter(self, source: AdapterSource) -> AdapterSource:
@@ -155,8 +152,7 @@ class PackedRunner:
 
     def discard_blocks(self, blocks: Sequence[int]) -> None:
         """Give the memory of unused blocks back."""
-        if not self.limits.allocates_at_once:
-            self.model.pages.discard(blocks)
+        self.model.pages.discard(blocks)
 
     def set_num_threads(self, count: int) -> None:
         """Set the number of threads."""

@@ -9,14 +9,12 @@ from torch.nn import functional
 
 from luthier.core.shapes import read_shape
 from luthier.methods import discover, method_of_artifact
-from luthier_cpu.codegen import kernels
 from luthier_cpu.decode import linear as packed_linear
 from luthier_cpu.decode.adapter import can_lay_out, lay_out
 from luthier_cpu.decode.batch import Stretch
 from luthier_cpu.decode.batch_layout import PAGE_SIZE
 from luthier_cpu.decode.linear import PackedLinear
 from luthier_cpu.decode.llama import PackedLlama, can_pack_llama
-from luthier_cpu.decode.reference_ops import PlainOps
 from luthier_cpu.decode.weight_memory import WeightMemory
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
@@ -32,11 +30,8 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
 
 
-def make_packed(folder: Path, *, plain_ops: bool = False) -> PackedLlama:
-    packed = PackedLlama(load_plain(folder), num_pages=8)
-    if plain_ops:
-        packed.ops = PlainOps(packed.heads, packed.site_widths)
-    return packed
+def make_packed(folder: Path) -> PackedLlama:
+    return PackedLlama(load_plain(folder), num_pages=8)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 40])
@@ -89,18 +84,16 @@ def test_weights_are_never_in_memory_twice_while_a_base_is_packed(
     assert held[::4] == expected
 
 
-@pytest.mark.parametrize("way", ["compiled", "compiled-at-once", "plain"])
+@pytest.mark.parametrize("way", ["one-by-one", "at-once"])
 @pytest.mark.parametrize("tuning", ON_BASE, ids=tuning_name)
 def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
     tmp_path: Path, base_folder: Path, tuning: dict[str, object], way: str
 ) -> None:
-    if way != "plain" and not kernels.is_compiled(torch.empty(1)):
-        pytest.skip("numba is not installed")
     artifact = build_method_artifact(tmp_path / "a", base_folder, tuning, seed=3)
     method, plain = method_of_artifact(artifact.folder), load_plain(base_folder)
     weights = {name: module.weight for name, module in plain.named_modules() if hasattr(module, "weight")}
-    packed = make_packed(base_folder, plain_ops=way == "plain")
-    if way == "compiled-at-once":
+    packed = make_packed(base_folder)
+    if way == "at-once":
         # As long sequences do.
         packed.ops.max_alone = 4
     parts = method.read_parts(artifact.folder, read_shape(base_folder))

@@ -19,7 +19,7 @@ from luthier_cpu.decode.batch_layout import (
 )
 from luthier_cpu.decode.blocks import to_blocks
 from luthier_cpu.decode.ops import CompiledOps
-from luthier_cpu.decode.reference_ops import PlainOps
+from tests.luthier_cpu.reference_ops import PlainOps
 
 pytestmark = pytest.mark.skipif(not kernels.is_compiled(torch.empty(1)), reason="numba is not installed")
 LIKE = torch.empty(1, dtype=torch.bfloat16)

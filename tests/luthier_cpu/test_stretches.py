@@ -15,8 +15,8 @@ from luthier_cpu.decode.batch_layout import (
 )
 from luthier_cpu.decode.blocks import to_blocks
 from luthier_cpu.decode.ops import CompiledOps
-from luthier_cpu.decode.reference_ops import PlainOps
 from luthier_cpu.gemm.products import has_tiles
+from tests.luthier_cpu.reference_ops import PlainOps
 
 pytestmark = pytest.mark.skipif(not has_tiles(), reason="the processor has no products of pairs")
 SIZE, FEED_FORWARD = 96, 160

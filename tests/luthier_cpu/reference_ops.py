@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 
-from luthier_cpu.codegen import kernels
 from luthier_cpu.decode.batch_layout import (
     PAGE_SIZE,
     Described,
@@ -19,11 +18,12 @@ from luthier_cpu.decode.batch_layout import (
     TokenRows,
     turn,
 )
+from luthier_cpu.decode.ops import attend_at_once
 from luthier_cpu.training import reference_ops as _plain
 
 
 class PlainOps:
-    """What `serving.Ops` asks for.
+    """The judge of `CompiledOps`, with the same methods.
 
     Args:
         site_widths: outputs of each of the seven sites.
@@ -119,30 +119,3 @@ def _by_adapter(rows: SingleRows) -> list[tuple[Described, list[int]]]:
         if adapter is not None:
             found.setdefault(id(adapter), (adapter, []))[1].append(row)
     return list(found.values())
-
-
-def attend_at_once(
-    qkv_NE: torch.Tensor,
-    tokens: TokenRows,
-    stretches: StretchRows,
-    pages: Pages,
-    layer: int,
-    shape: HeadShape,
-    out_NK: torch.Tensor,
-) -> None:
-    """Let stretches whose tokens do not attend one by one attend to all of their sequences so far."""
-    for own, first in zip(stretches.tokens, stretches.positions, strict=True):
-        if own.start < tokens.num_attending:
-            continue
-        num_tokens = own.stop - own.start
-        end = first + num_tokens
-        query_TK = qkv_NE[own, : shape.widths[0]]
-        query = turn(query_TK.unflatten(-1, (-1, shape.size)), tokens.positions_N[own], shape)
-        pages_W = tokens.pages_NW[own.start, : -(-end // PAGE_SIZE)]
-        keys, values = pages.gather(layer, pages_W, end)
-        # The query heads of a key head are its rows.
-        by_head = (query * shape.size**-0.5).view(num_tokens, shape.num_kv_heads, -1, shape.size)
-        by_head = by_head.permute(1, 2, 0, 3).reshape(shape.num_kv_heads, -1, shape.size)
-        weights = kernels.causal_softmax_(torch.bmm(by_head, keys.transpose(1, 2)), num_tokens, first)
-        mixed = torch.bmm(weights, values).view(shape.num_kv_heads, -1, num_tokens, shape.size)
-        out_NK[own] = mixed.permute(2, 0, 1, 3).reshape(num_tokens, -1)
