@@ -204,7 +204,7 @@ class LuthierClient:
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/pause")
 
     def resume_job(self, job_id: str) -> dict[str, Any]:
-        """Let a paused job go on, and return it."""
+        """Resume a paused job, and return it."""
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
 
     def estimate_job(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -228,8 +228,8 @@ class LuthierClient:
 
     def is_inference_ready(self) -> bool:
         """Whether one inference server at least can answer, as the API finds it."""
-        told = self._ask("GET", "/readyz", root=self.base_url.removesuffix("/v1"))
-        return bool(told.get("inference") == "ready")
+        answer = self._ask("GET", "/readyz", root=self.base_url.removesuffix("/v1"))
+        return bool(answer.get("inference") == "ready")
 
     def list_models(self) -> list[dict[str, Any]]:
         """Return all models that the key may call."""
@@ -332,7 +332,7 @@ class LuthierClient:
 
         Args:
             folder: where the files go; made when absent.
-            on_progress: is told a file's name, bytes done and bytes in all.
+            on_progress: called with a file's name, bytes done and bytes in all.
 
         Raises:
             ApiError: when the service refuses.

@@ -28,27 +28,12 @@ _FOREIGN_NAMES = re.compile(
 _QUOTED_NAME = re.compile(r"`[^`\n]*`")
 # Where a lane is a part of a vector register.
 _VECTOR_CODE = ("luthier_cpu/", "luthier/modeling/kernels/", "tests/luthier_cpu/")
-# How many are left in each package; numbers only shrink. A package that is not listed counts against the sum.
+# How many are left in packages; numbers only shrink. One that is not listed counts against the sum.
 _COUNTS = {
-    "api": 103,
-    "benchmarks": 203,
-    "db": 17,
-    "examples": 1,
-    "luthier": 4,
-    "luthier.bases": 8,
-    "luthier.cli": 20,
-    "luthier.core": 38,
-    "luthier.data": 195,
-    "luthier.inference": 0,
-    "luthier.methods": 33,
-    "luthier.modeling": 525,
-    "luthier.storage": 6,
-    "luthier.trackers": 9,
-    "luthier.training": 319,
-    "luthier.webhooks": 13,
-    "services": 108,
-    "tests": 1621,
-    "worker": 192,
+    "luthier.modeling": 306,
+    "luthier.serving": 45,
+    "luthier.training": 57,
+    "tests": 377,
 }
 
 

@@ -10,7 +10,7 @@ branch_labels = None
 depends_on = None
 
 # The legal changes of status, as they stood when this migration was written (luthier/core/states.py has
-# today's). The database refuses the rest, whoever asks.
+# today's). The database refuses the rest from every client.
 _CHECK_STATUS = """
 CREATE FUNCTION check_job_status() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,4 +1,4 @@
-"""The tuned models that jobs go on from, and the whole models that artifacts lie on.
+"""The tuned models that jobs continue from, and the full models that artifacts are applied to.
 
 Stop all workers first: one of its indexes is built over `jobs`, and no lease is renewed meanwhile. Not
 concurrently, because all migrations run in one transaction, so that one that fails leaves nothing behind.

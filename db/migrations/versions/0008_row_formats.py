@@ -1,6 +1,6 @@
 """The format of a file's rows, so that a create can refuse a file that its method does not learn from.
 
-Files that are there already keep none: what they hold is told when a job is prepared.
+Files that are there already keep none: their format is found when a job is prepared.
 """
 
 import sqlalchemy as sa
