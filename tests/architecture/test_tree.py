@@ -1,7 +1,6 @@
 """Length of files, and what no file may name."""
 
 import re
-import warnings
 from collections import Counter
 from pathlib import PurePath
 
@@ -16,18 +15,6 @@ _OPEN_FOLDERS = {
     "luthier/evaluation/graders",
     "luthier/methods",
     "luthier/trackers",
-}
-# Folders with more files than that; numbers only shrink, and a folder that is below them leaves the list.
-_TOO_FULL = {
-    "api": 32,
-    "api/routes": 16,
-    "api/schemas": 18,
-    "benchmarks": 16,
-    "luthier/cli": 18,
-    "luthier/modeling": 16,
-    "luthier/training": 39,
-    "services": 35,
-    "worker": 25,
 }
 _REGISTRY_HOSTS = [
     ".".join(parts)
@@ -56,11 +43,9 @@ def test_a_folder_has_at_most_15_files() -> None:
     counts = Counter(
         str(PurePath(name).parent) for name in tracked_files() if name.split("/")[0] in roots and "/" in name
     )
-    limits = {folder: _TOO_FULL.get(folder, _MAX_FILES) for folder in counts.keys() - _OPEN_FOLDERS}
-    assert {folder: counts[folder] for folder in limits if counts[folder] > limits[folder]} == {}
-    lower = {folder: counts[folder] for folder in _TOO_FULL if counts[folder] < _TOO_FULL[folder]}
-    if lower:
-        warnings.warn(f"_TOO_FULL may be lowered, to nothing at {_MAX_FILES}: {lower}", stacklevel=1)
+    for folder in _OPEN_FOLDERS:
+        counts.pop(folder, None)
+    assert {folder: count for folder, count in counts.items() if count > _MAX_FILES} == {}
 
 
 def test_no_file_has_a_vague_name() -> None:
