@@ -3,11 +3,11 @@
 import asyncio
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from fastapi import Request
+from sqlalchemy.orm import Session
 
 from api.deps import AppState, get_local_base
 from api.schemas.files import FileReportObject, file_report_object
@@ -30,14 +30,6 @@ from services.files import files
 _LOOK_SECONDS = 1.0
 # The report of a file that takes longer covers its first rows only.
 _MAX_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class _Input:
-    id: str
-    storage_key: str
-    sha256: str
-    param: str
 
 
 async def report_in_thread(
@@ -83,11 +75,15 @@ def _report(
     validation_file_id: str | None,
     is_disconnected: threading.Event,
 ) -> FileReportObject:
-    file, validation = _find_files(state, principal, file_id, validation_file_id)
+    with state.database.transaction() as session:
+        file = _find_file(session, principal, file_id, "id")
+        validation = None
+        if validation_file_id is not None:
+            validation = _find_file(session, principal, validation_file_id, "validation_file")
     facts = _find_base(state, base)
     with ExitStack() as stack:
-        path = _hold(state, stack, file)
-        validation_path = None if validation is None else _hold(state, stack, validation)
+        path = _hold(state, stack, file, "id")
+        validation_path = _hold(state, stack, validation, "validation_file") if validation else None
         try:
             report = report_in_process(
                 path,
@@ -98,52 +94,46 @@ def _report(
                 is_given_up=is_disconnected.is_set,
             )
         except FileNotFoundError as error:
-            # The file was deleted meanwhile, or another one is missing.
+            # A file was deleted meanwhile, or another one is missing.
             if not path.exists():
-                raise _gone(file) from error
-            if validation is not None and validation_path is not None and not validation_path.exists():
-                raise _gone(validation) from error
+                raise _gone(file, "id") from error
+            if validation and validation_path and not validation_path.exists():
+                raise _gone(validation, "validation_file") from error
             raise
     return file_report_object(file.id, file.sha256, facts, validation_file_id, report)
 
 
-def _hold(state: AppState, stack: ExitStack, given: _Input) -> Path:
+def _hold(state: AppState, stack: ExitStack, file: File, param: str) -> Path:
     """Return a local path of a file, valid until the stack closes; not a copy where storage is local."""
     try:
-        return stack.enter_context(state.storage.local_file(given.storage_key))
+        return stack.enter_context(state.storage.local_file(file.storage_key))
     except ArtifactCorruptError as error:
-        raise _gone(given) from error
+        raise _gone(file, param) from error
 
 
-def _gone(given: _Input) -> LuthierError:
-    message = f"The bytes of {given.id} are gone: it was deleted, or the operator must look after storage."
+def _gone(file: File, param: str) -> LuthierError:
     # 404 is for what the path names.
-    kind = NotFoundError if given.param == "id" else InvalidValueError
-    return kind(message, param=given.param)
+    kind = NotFoundError if param == "id" else InvalidValueError
+    return kind(
+        f"The bytes of {file.id} are gone: it was deleted, or the operator must look after storage.",
+        param=param,
+    )
 
 
-def _find_files(
-    state: AppState, principal: Principal, file_id: str, validation_file_id: str | None
-) -> tuple[_Input, _Input | None]:
-    with state.database.transaction() as session:
-        file = _as_input(files.get(session, principal, file_id), "id")
-        if validation_file_id is None:
-            return file, None
-        try:
-            found = files.get(session, principal, validation_file_id, param="validation_file")
-        except NotFoundError as error:
-            # As for jobs: 404 is for what the path names.
-            raise InvalidValueError(error.message, param="validation_file") from error
-        return file, _as_input(found, "validation_file")
-
-
-def _as_input(row: File, param: str) -> _Input:
-    if row.purpose != "fine-tune":
+def _find_file(session: Session, principal: Principal, file_id: str, param: str) -> File:
+    try:
+        file = files.get(session, principal, file_id, param=param)
+    except NotFoundError as error:
+        if param == "id":
+            raise
+        # As for jobs: 404 is for what the path names.
+        raise InvalidValueError(error.message, param=param) from error
+    if file.purpose != "fine-tune":
         raise InvalidFilePurposeError(
-            f"{row.id} has purpose {row.purpose!r}: reports are made of files with purpose 'fine-tune'.",
+            f"{file.id} has purpose {file.purpose!r}: reports are made of files with purpose 'fine-tune'.",
             param=param,
         )
-    return _Input(row.id, row.storage_key, row.sha256, param)
+    return file
 
 
 def _find_base(state: AppState, base: str | None) -> BaseFacts:

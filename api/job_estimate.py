@@ -3,7 +3,6 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -26,17 +25,6 @@ MAX_ROWS = 4000
 _MAX_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class _Input:
-    storage_key: str
-    num_bytes: int
-    num_rows: int
-
-    @classmethod
-    def of(cls, file: File) -> "_Input":
-        return cls(file.storage_key, file.num_bytes, file.num_rows)
-
-
 async def estimate_in_thread(state: AppState, principal: Principal, request: NewJob) -> Estimate:
     """Estimate what a job would take; nothing is stored.
 
@@ -53,10 +41,8 @@ def _estimate(state: AppState, principal: Principal, request: NewJob) -> Estimat
     with state.database.transaction() as session:
         request = jobs.with_checked_integrations(session, state.settings, request)
         checked = jobs.check(session, principal, state.catalogue, state.settings, request)
-        training = _Input.of(checked.training_file)
-        validation = None if checked.validation_file is None else _Input.of(checked.validation_file)
         memory_bytes = speeds.find_worker_memory(session)
-    spec = checked.spec
+    spec, validation = checked.spec, checked.validation_file
     base = get_local_base(state, spec.base_id, param="model")
     folder = base_folder(state.settings.bases_dir, base.id)
     shape = read_shape(folder)
@@ -70,10 +56,8 @@ def _estimate(state: AppState, principal: Principal, request: NewJob) -> Estimat
         base=base,
         shape=shape,
         base_folder=folder,
-        training=_count(state, training, "training", spec, folder, base),
-        validation=(
-            None if validation is None else _count(state, validation, "validation", spec, folder, base)
-        ),
+        training=_count(state, checked.training_file, "training", spec, folder, base),
+        validation=_count(state, validation, "validation", spec, folder, base) if validation else None,
         grounds=grounds,
         memory_bytes=memory_bytes,
     )
@@ -87,7 +71,7 @@ def _find_grounds(state: AppState, spec: TrainingSpec, base: BaseFacts, shape: B
 
 
 def _count(
-    state: AppState, file: _Input, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
+    state: AppState, file: File, purpose: Purpose, spec: TrainingSpec, folder: Path, base: BaseFacts
 ) -> RowCounts:
     is_whole = state.storage.local_root is not None or file.num_bytes <= SAMPLE_BYTES
     with _local_rows(state, file, is_whole=is_whole) as path:
@@ -106,7 +90,7 @@ def _count(
 
 
 @contextmanager
-def _local_rows(state: AppState, file: _Input, *, is_whole: bool) -> Iterator[Path]:
+def _local_rows(state: AppState, file: File, *, is_whole: bool) -> Iterator[Path]:
     """Yield a local file with the rows: the stored file itself, or a copy of its beginning."""
     if is_whole:
         with state.storage.local_file(file.storage_key) as path:

@@ -14,6 +14,7 @@ from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.files import FileObject, FileReportObject, file_object
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
+from api.uploads.multipart import form_body
 from api.uploads.object_writer import discard_rest
 from api.uploads.upload_records import delete_stored, record_stored
 from db.tables import File
@@ -24,31 +25,19 @@ from services.accounts import limits
 from services.files import files
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
-
-
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["purpose", "file"],
-                    "properties": {
-                        "purpose": {"type": "string", "enum": list(INPUT_PURPOSES)},
-                        "file": {"type": "string", "format": "binary"},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {
-                            "type": "integer",
-                            "minimum": MIN_EXPIRES_AFTER_SECONDS,
-                            "maximum": MAX_EXPIRES_AFTER_SECONDS,
-                        },
-                    },
-                }
-            }
+_FORM = form_body(
+    ["purpose", "file"],
+    {
+        "purpose": {"type": "string", "enum": list(INPUT_PURPOSES)},
+        "file": {"type": "string", "format": "binary"},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {
+            "type": "integer",
+            "minimum": MIN_EXPIRES_AFTER_SECONDS,
+            "maximum": MAX_EXPIRES_AFTER_SECONDS,
         },
-    }
-}
+    },
+)
 
 
 @router.post("", openapi_extra=_FORM)

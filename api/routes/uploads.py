@@ -14,6 +14,7 @@ from api.schemas.files import (
     upload_object,
     upload_part_object,
 )
+from api.uploads.multipart import form_body
 from api.uploads.object_writer import discard_rest
 from api.uploads.part_upload import assemble, receive_part
 from api.uploads.upload_records import delete_stored, record_stored
@@ -28,21 +29,7 @@ from services.files.files import StoredFile
 from services.files.uploads import Assembly, storage_prefix
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
-
-_PART_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["data"],
-                    "properties": {"data": {"type": "string", "format": "binary"}},
-                }
-            }
-        },
-    }
-}
+_PART_FORM = form_body(["data"], {"data": {"type": "string", "format": "binary"}})
 
 
 @router.post("")

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -41,6 +41,12 @@ class FileBytes:
 
 
 Part = FieldPart | FileBegin | FileBytes
+
+
+def form_body(required: list[str], properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the OpenAPI description of an operation whose body is a form."""
+    schema = {"type": "object", "required": required, "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 class _Collector:

@@ -28,7 +28,7 @@ def _plan(settings: Settings | None = None) -> Plan:
     return service_plan(environment, host="127.0.0.1", port=8000)
 
 
-def test_state_lies_under_the_home_by_absolute_paths() -> None:
+def test_state_is_under_the_home_by_absolute_paths() -> None:
     environment = _environment(Settings())
     assert environment["LUTHIER_HOME"] == "/srv/home"
     assert environment["LUTHIER_STORAGE_URL"] == "file:///srv/home/objects"

@@ -32,6 +32,6 @@ def test_the_tail_holds_the_last_lines_only(tmp_path: Path) -> None:
     assert log_tail(tmp_path / "absent.log") == ""
 
 
-def test_an_exit_is_told_in_words() -> None:
+def test_an_exit_is_described_in_words() -> None:
     assert describe_exit(3) == "exit code 3"
     assert describe_exit(-9) == "killed by SIGKILL"
