@@ -18,12 +18,6 @@ def list_backends() -> list[str]:
 def open_all(settings: Settings) -> Backend:
     """Open a client of all inference servers that the settings name.
 
-    Args:
-        settings: the backend's name, the servers' URLs, the internal token, and what a backend needs more.
-
-    Returns:
-        The client: of the one server, or of several among which it chooses for each request.
-
     Raises:
         LuthierError: when there is no such backend, or no URL.
     """

@@ -73,20 +73,12 @@ class InferenceClient:
             return await self._client.send(request, stream=True)
 
     async def read(self, response: httpx2.Response) -> bytes:
-        """Return the whole body of an answer.
-
-        Raises:
-            UnavailableError: when the server disconnects before its end.
-        """
+        """Return the whole body of an answer."""
         with self._failures(_BROKE_OFF):
             return await response.aread()
 
     async def pieces(self, response: httpx2.Response) -> AsyncIterator[bytes]:
-        """Yield the body of an answer as it comes.
-
-        Raises:
-            UnavailableError: when the server disconnects before its end.
-        """
+        """Yield the body of an answer as it comes."""
         with self._failures(_BROKE_OFF):
             async for piece in response.aiter_raw():
                 yield piece
@@ -103,9 +95,6 @@ class InferenceClient:
 
     async def get(self, path: str) -> tuple[int, bytes]:
         """Get something that a server answers at once.
-
-        Returns:
-            The status and the whole body.
 
         Raises:
             NotAcceptedError: when it did not come whole within CONNECT_SECONDS; to ask changes nothing.

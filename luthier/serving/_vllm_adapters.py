@@ -70,12 +70,6 @@ class Adapters:
         Args:
             load: loads it; may be called when it is loaded already.
             is_pinned: whether it stays while idle.
-
-        Returns:
-            What releases it, to be called once.
-
-        Raises:
-            LuthierError: what `load` raises.
         """
         entry = self._entries.get(name)
         if entry is None or self._now() - entry.loaded_at > _RENEW_SECONDS:

@@ -60,14 +60,7 @@ def read(content: bytes) -> dict[int, float]:
 
 
 def check(canary: Canary, model: Mapping[int, float], base: Mapping[int, float]) -> None:
-    """Check that a model says what training recorded of it, and not what its base says.
-
-    Args:
-        model: the served model's log-probabilities by token id.
-
-    Raises:
-        SelfCheckError: when it says something else.
-    """
+    """Check that a model says what training recorded of it, and not what its base says."""
     pairs = zip(canary.candidates, canary.logits, strict=True)
     recorded = {token: logit for token, logit in pairs if token in model and token in base}
     if len(recorded) < min(len(canary.candidates), _MAX_CANDIDATES):

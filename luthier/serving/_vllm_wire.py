@@ -86,9 +86,6 @@ def read_request(path: str, body: bytes, *, max_tokens_default: int) -> dict[str
         body: JSON as the client sent it.
         max_tokens_default: length of a chat's answer when the client names none.
 
-    Returns:
-        The request for vLLM, without its model.
-
     Raises:
         InvalidRequestError: naming the first field that breaks a rule.
         UnsupportedValueError: for an endpoint that is not offered.
@@ -257,9 +254,6 @@ def read_health(served: Served, metrics: bytes) -> Health:
 
     Args:
         metrics: what GET /metrics answers; what is not there counts as none.
-
-    Returns:
-        Its health, with digests instead of the names of artifacts.
     """
     counts = {b"running": 0, b"waiting": 0}
     for kind, value in _GAUGE.findall(metrics):

@@ -60,9 +60,6 @@ class Backend(Protocol):
             path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
             body: JSON as the client sent it.
 
-        Returns:
-            The answer; the caller closes a stream.
-
         Raises:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
             UnavailableError: when it disconnected in the middle.
@@ -70,9 +67,6 @@ class Backend(Protocol):
 
     async def health(self) -> Health:
         """Ask the server how it is.
-
-        Returns:
-            What it says of itself.
 
         Raises:
             UnavailableError: when it can't be reached.

@@ -26,19 +26,7 @@ class EngineBackend:
         self._client = InferenceClient(url, {} if is_local(url) else {HEADER_TOKEN: token})
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
-        """Send a request and return its answer, of a stream as soon as its headers have come.
-
-        Args:
-            path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
-            body: JSON as the client sent it.
-
-        Returns:
-            The answer; to close a stream stops the server's work.
-
-        Raises:
-            NotAcceptedError: when the server can't be reached, so that another may be asked.
-            UnavailableError: when it disconnected in the middle.
-        """
+        """Send a request and return its answer, of a stream as soon as its headers have come."""
         response = await self._client.post(path, body, target.to_headers() | {HEADER_USAGE: "1"})
         status = response.status_code
         passed = {name: value for name, value in response.headers.items() if name in _PASSED_HEADERS}
@@ -47,14 +35,7 @@ class EngineBackend:
         return Reply(status, passed, events=self._client.pieces(response), aclose=response.aclose)
 
     async def health(self) -> Health:
-        """Ask the server how it is.
-
-        Returns:
-            What it says of itself; it can answer for everything.
-
-        Raises:
-            UnavailableError: when it can't be reached.
-        """
+        """Ask the server how it is."""
         status, content = await self._client.get(_STATE_PATH)
         if status != 200:
             raise UnavailableError(f"The model server does not return its state: HTTP {status}.")

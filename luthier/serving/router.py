@@ -122,13 +122,6 @@ class ReplicaRouter:
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
         """Send a request to the best server; return its answer, of a stream once its headers have come.
 
-        Args:
-            path: `/v1/chat/completions`, `/v1/completions` or `/v1/responses`.
-            body: JSON as the client sent it.
-
-        Returns:
-            The answer; the caller closes a stream.
-
         Raises:
             NotAcceptedError: when none of the servers can be reached.
             UnavailableError: when the one that was sent the request disconnected in the middle.
@@ -153,14 +146,7 @@ class ReplicaRouter:
         )
 
     async def health(self) -> Health:
-        """Ask all servers how they are.
-
-        Returns:
-            What they hold and do together; ready when one of them is.
-
-        Raises:
-            UnavailableError: when none can be reached.
-        """
+        """Ask all servers how they are."""
         asked = [server.backend.health() for server in self._servers]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [answer for answer in answers if isinstance(answer, Health)]

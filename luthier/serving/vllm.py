@@ -64,13 +64,6 @@ class VllmBackend:
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
         """Send a request and return its answer, of a stream as soon as its headers have come.
 
-        Args:
-            path: `/v1/chat/completions` or `/v1/completions`.
-            body: JSON as the client sent it.
-
-        Returns:
-            The answer under the public name; the caller closes a stream.
-
         Raises:
             NotAcceptedError: when the server can't be reached, so that another may be asked.
             UnavailableError: when it disconnected in the middle.
@@ -90,14 +83,7 @@ class VllmBackend:
             raise UnavailableError("vLLM has lost the model twice; try again.") from error
 
     async def health(self) -> Health:
-        """Ask the server how it is.
-
-        Returns:
-            What it serves and holds, and how many requests run and wait there.
-
-        Raises:
-            UnavailableError: when it can't be reached.
-        """
+        """Ask the server how it is."""
         served = await self._list()
         _, content = await self._client.get("/metrics")
         return read_health(served, content)

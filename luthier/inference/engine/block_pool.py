@@ -203,11 +203,7 @@ class BlockMemory:
         return max(0, num_spare) * self._limits.block_bytes
 
     def limit(self, num_bytes: int) -> None:
-        """Limit the memory of unused blocks, beside what one answer of full length needs.
-
-        Args:
-            num_bytes: as `spare_bytes` counts them.
-        """
+        """Limit the memory of unused blocks, beside what one answer of full length needs."""
         if self._limits.allocates_at_once:
             return
         num_used = self._pool.num_warm - self._pool.num_unused

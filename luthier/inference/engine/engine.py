@@ -141,9 +141,6 @@ class Engine:
     def submit(self, sequences: list[Sequence]) -> None:
         """Hand over the sequences of one request, all or none.
 
-        Args:
-            sequences: however many, they are taken when nothing else waits.
-
         Raises:
             TooManyRequestsError: when too many wait already.
             UnavailableError: when the engine is closed.
@@ -156,9 +153,6 @@ class Engine:
 
     def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
         """Run work on the engine's thread between two steps, after all that was submitted before.
-
-        Returns:
-            Its result, when it is done.
 
         Raises:
             UnavailableError: when the engine is closed.

@@ -7,21 +7,13 @@ from luthier.core.errors import LuthierError
 
 
 def log_fault(logger: logging.Logger, what: str, error: BaseException) -> None:
-    """Log an unexpected exception.
-
-    Args:
-        what: what failed, as the beginning of a sentence.
-    """
+    """Log an unexpected exception."""
     places = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s failed with %s:\n%s", what, type(error).__name__, places)
 
 
 def to_client_error(logger: logging.Logger, what: str, error: BaseException) -> LuthierError:
-    """Convert an exception to the error that the client gets. An unexpected one is logged.
-
-    Args:
-        what: what failed, as the beginning of a sentence.
-    """
+    """Convert an exception to the error that the client gets. An unexpected one is logged."""
     if isinstance(error, LuthierError):
         return error
     log_fault(logger, what, error)

@@ -25,9 +25,6 @@ class WaitingShares:
     def take(self, sequences: list[Sequence], num_waiting: int) -> None:
         """Admit the sequences of one request, all of one project.
 
-        Args:
-            num_waiting: sequences of all projects that do not run yet.
-
         Raises:
             TooManyRequestsError: when the queue is full for this project.
         """

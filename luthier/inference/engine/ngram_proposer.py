@@ -67,9 +67,6 @@ class NgramProposer:
 
         Args:
             least_chance: that a draft and all before it are right, by the number of those before.
-
-        Returns:
-            The tokens in order, none where nothing repeats.
         """
         found: list[int] = []
         if self._source is None:

@@ -38,9 +38,6 @@ def choose(logits: Logits, sequences: list[Sequence], places: SequenceOf[int] | 
     Args:
         logits: of B rows or more, on any device; left as they are.
         places: which rows of the logits they are, in order; the first B when left out.
-
-    Returns:
-        B choices, with log-probabilities where a sequence asks for them.
     """
     places = range(len(sequences)) if places is None else places
     best = logits.greedy()

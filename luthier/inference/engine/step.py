@@ -112,9 +112,6 @@ def _score(one: RunningSequence, chunk: TokenChunk, logits: Logits, begin: int, 
 def _verify_drafts(one: RunningSequence, chunk: TokenChunk, choice: Choice, logits: Logits, row: int) -> int:
     """Accept the choices after drafts, as long as these are the tokens that were chosen.
 
-    Args:
-        choice: of `row`, already accepted.
-
     Returns:
         How many drafts were right.
     """

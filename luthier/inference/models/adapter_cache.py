@@ -169,11 +169,7 @@ class AdapterCache:
 
     @contextmanager
     def expecting(self, num_bytes: int) -> Iterator[None]:
-        """Count weights that are no artifact as on their way.
-
-        Args:
-            num_bytes: for which `make_way` made room just before.
-        """
+        """Count weights that are no artifact as on their way."""
         self._expected_bytes += num_bytes
         try:
             yield
@@ -192,11 +188,7 @@ class AdapterCache:
             await asyncio.wrap_future(self._engine.sweep())
 
     def forget(self, digest: str) -> bool:
-        """Evict a deleted artifact, pinned or not, unless a request uses it.
-
-        Returns:
-            Whether it is out of memory.
-        """
+        """Evict a deleted artifact, unless a request uses it; return whether it is out of memory."""
         for key, entry in list(self._entries.items()):
             if key[1] == digest and entry.num_holders == 0 and entry.is_ready:
                 self._drop(key, entry)
@@ -250,9 +242,6 @@ class AdapterCache:
         Args:
             pinned_by: the project as whose pinned model it stays when idle, for a day or until it
                 is held without one; as far as that project's share of the memory goes.
-
-        Returns:
-            The model, verified and ready to answer.
 
         Raises:
             ArtifactCorruptError: when the artifact's files don't fit the base or each other.

@@ -51,11 +51,7 @@ class CachedArtifact:
     stamps: tuple[_Stamp, ...] | None = field(default=None, compare=False)
 
     def check(self) -> None:
-        """Make sure that the files are the artifact's; only those that were touched since cost a reading.
-
-        Raises:
-            ArtifactCorruptError: when they are not.
-        """
+        """Make sure that the files are the artifact's; only those that were touched since cost a reading."""
         # Before they are read: a change meanwhile must not go unseen.
         stamps = self.look()
         if stamps is not None and stamps == self.stamps:
@@ -106,10 +102,6 @@ def link_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -
 
     Nothing is read but the manifest: the copy is still to be checked.
 
-    Args:
-        storage: where artifacts are published.
-        digest: the digest that its manifest must have.
-
     Returns:
         The copy, not verified; None where it must be fetched.
     """
@@ -149,10 +141,6 @@ def _link_files(published: Path, names: tuple[str, ...], folder: Path) -> None:
 
 def fetch_artifact(storage: Storage, prefix: str, digest: str, cache_dir: Path) -> CachedArtifact:
     """Fetch an artifact into the cache and verify it. Blocks; never call it on the engine's thread.
-
-    Args:
-        storage: where artifacts are published.
-        digest: the digest that its manifest must have.
 
     Raises:
         ArtifactCorruptError: when the stored bytes are missing, damaged or of another digest.
@@ -223,9 +211,6 @@ def find_deleted(storage: Storage, copies: Iterable[CachedArtifact]) -> list[Cac
         storage: where artifacts are published.
         copies: of which those that are not known to have been published anywhere are passed over.
 
-    Returns:
-        The copies of deleted artifacts.
-
     Raises:
         UnavailableError: when storage can't be used right now.
     """
@@ -257,11 +242,7 @@ def drop_orphans(storage: Storage, cache_dir: Path, known: Collection[str]) -> N
 
 
 def drop_unused(cache_dir: Path, *, max_kept: int, in_use: set[str]) -> None:
-    """Delete the copies unused for longest until no more than a number are left.
-
-    Args:
-        max_kept: copies that may stay.
-    """
+    """Delete the copies unused for longest until no more than a number are left."""
     with os.scandir(cache_dir) as entries:
         copies = [entry for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     num_left = len(copies) - max_kept

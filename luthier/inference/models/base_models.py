@@ -141,12 +141,6 @@ class ReadyModel:
 def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
     """Look a fetched base up.
 
-    Args:
-        settings: names the folder of bases.
-
-    Returns:
-        What is known of it.
-
     Raises:
         ModelNotFoundError: when it has not been fetched; says how to.
     """
@@ -161,18 +155,7 @@ def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
 
 
 def load(settings: Settings, base_id: str, dtype: torch.dtype | None = None) -> LoadedBase:
-    """Load a fetched base onto the device of the settings. Takes seconds; only one thread may call it.
-
-    Args:
-        settings: the folder of bases, the device and the type of the weights.
-        dtype: another type than that.
-
-    Returns:
-        The base, ready to answer.
-
-    Raises:
-        ModelNotFoundError: when it has not been fetched.
-    """
+    """Load a fetched base onto the device of the settings. Takes seconds; only one thread may call it."""
     facts = get_base_facts(settings, base_id)
     folder = base_folder(settings.bases_dir, base_id)
     device = torch.device(choose_device(settings))
@@ -229,9 +212,6 @@ def max_base_bytes(settings: Settings) -> int:
 
 def max_whole_bytes(settings: Settings) -> int:
     """Return how much memory whole models may take.
-
-    Args:
-        settings: the operator's number, or 0, and the device.
 
     Returns:
         Bytes; half of the process's where the operator named none.
@@ -295,13 +275,6 @@ def load_weights(
     folder: Path, *, dtype: torch.dtype, device: torch.device, refuse_extra: bool = False
 ) -> PreTrainedModel:
     """Load a causal language model as `load_base` does; any thread may call it.
-
-    Args:
-        device: where to put them.
-        refuse_extra: also refuse tensors that the architecture has no place for.
-
-    Returns:
-        The model in evaluation mode.
 
     Raises:
         BaseUnavailableError: when the folder can't be read as a model, or lacks some of its tensors.

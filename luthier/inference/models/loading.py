@@ -69,11 +69,7 @@ class Kind(Enum):
 
 
 def measure(served: ServedModel) -> tuple[Kind, int]:
-    """Return what a model will be in memory, and its bytes there. Reads headers only; any thread may call it.
-
-    Raises:
-        ArtifactCorruptError: when a weights file has no header that can be read.
-    """
+    """Return a model's kind and its bytes in memory. Reads headers only; any thread may call it."""
     copy, dtype = _copy_of(served), served.base.dtype
     if served.full_model is not None:
         return Kind.WHOLE, measure_weights(served.full_model.folder, dtype)
@@ -118,9 +114,6 @@ async def load(
         kind: as `measure` returns it.
         opening: entered with the bytes of further weights that are loaded.
         spare: the same for a verification, which takes the place of no other model or base.
-
-    Returns:
-        The model, ready to answer.
 
     Raises:
         ArtifactCorruptError: when the artifact's files don't fit the base or each other.

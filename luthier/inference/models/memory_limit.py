@@ -84,9 +84,6 @@ class MemoryLimit:
     async def fit(self, num_bytes: int) -> int:
         """Shrink pages until `num_bytes` more stay below the limit, or as far as they can.
 
-        Args:
-            num_bytes: what is about to be taken beside what the process has.
-
         Returns:
             The bytes by which it would still be too much; none or below where it fits.
         """

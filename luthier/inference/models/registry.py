@@ -48,9 +48,6 @@ from luthier.storage.store import Storage
 def read_target(headers: Mapping[str, str]) -> ModelTarget:
     """Read the target from a request's headers.
 
-    Returns:
-        What the API resolved the public model name to.
-
     Raises:
         InvalidRequestError: when a header is missing; only the API talks to this server.
     """
@@ -140,9 +137,6 @@ class Models:
     async def get_base(self, base_id: str) -> LoadedBase:
         """Return a base, loaded on its first use.
 
-        Returns:
-            The base, ready to answer.
-
         Raises:
             ModelNotFoundError: when it has not been fetched.
             OutOfMemoryError: when it is larger than all that bases may take.
@@ -175,12 +169,7 @@ class Models:
         await self.memory.fit(self.loaded.loading_bytes)
 
     def _make_room(self, num_bytes: int) -> None:
-        """Let bases leave that no request needs until another one fits.
-
-        Raises:
-            OutOfMemoryError: when it is larger than all that bases may take.
-            NoRoomError: when bases that are needed now leave it no room.
-        """
+        """Let bases leave that no request needs until another one fits."""
         if num_bytes > self._max_base_bytes:
             raise OutOfMemoryError(
                 f"This base's weights take {num_bytes / MIB:.1f} MiB; the model server may keep "
@@ -226,15 +215,7 @@ class Models:
             loading.exception()
 
     async def get(self, target: ModelTarget) -> ServedModel:
-        """Return the model that a target names, its base loaded and its artifact on the local disk.
-
-        Returns:
-            The model, to be held before it answers.
-
-        Raises:
-            ModelNotFoundError: when the base has not been fetched.
-            ArtifactCorruptError: when the artifact is missing or damaged.
-        """
+        """Return the model that a target names, its base loaded and its artifact on the local disk."""
         base = self._bases.get(target.base_id) or await self.get_base(target.base_id)
         self._bases.move_to_end(target.base_id)
         if target.artifact is None or target.digest is None:
@@ -248,9 +229,6 @@ class Models:
 
     async def hold(self, target: ModelTarget) -> ReadyModel:
         """Return the model that a target names in memory, where it stays until it is released.
-
-        Returns:
-            The model, ready to answer.
 
         Raises:
             ModelNotFoundError: when the base has not been fetched.

@@ -93,9 +93,6 @@ class CompletionRequest(SamplingRequest):
 def parse_chat(body: bytes) -> ChatRequest:
     """Check the body of a chat request.
 
-    Args:
-        body: JSON as the client sent it.
-
     Returns:
         The request, with null fields as if absent and every message's content a text.
 
@@ -125,9 +122,6 @@ def parse_chat(body: bytes) -> ChatRequest:
 
 def parse_completion(body: bytes) -> CompletionRequest:
     """Check the body of a completion request.
-
-    Args:
-        body: JSON as the client sent it.
 
     Returns:
         The request, its prompt a list of texts or of lists of token ids.

@@ -107,9 +107,6 @@ class Generation:
 
         Yields:
             Each event with its choice's index.
-
-        Raises:
-            LuthierError: what the engine failed with.
         """
         while self._num_open:
             for found in await self.next_events():

@@ -281,9 +281,6 @@ class ContextLimit:
         Args:
             text: the prompt. One that is too long to fit is refused before it is tokenised,
                 which takes seconds for megabytes.
-
-        Raises:
-            ContextLengthExceededError: when it does not fit.
         """
         return self._encode(text, self.ready.base.tokenizer.encode)
 
@@ -301,11 +298,7 @@ class ContextLimit:
         return token_ids
 
     def check(self, token_ids: Sequence[int]) -> None:
-        """Refuse a prompt that does not fit.
-
-        Raises:
-            ContextLengthExceededError: when it does not fit.
-        """
+        """Refuse a prompt that does not fit."""
         self._check(len(token_ids), "")
 
     def answer_length(self, token_ids: Sequence[int], default: int) -> int:

@@ -171,9 +171,6 @@ class Grammars:
             param: the field that the grammar comes from, for the error.
             deadline: of time.monotonic(), after which none is compiled that is not kept.
 
-        Returns:
-            The grammar, ready for answers to start from.
-
         Raises:
             InvalidValueError: when it can't be compiled, which is for a schema's reasons.
         """

@@ -64,9 +64,6 @@ class ChatMessage(BaseModel):
 def flatten_messages(messages: Any) -> Any:
     """Return messages with their contents as texts, ready to be checked as ChatMessage.
 
-    Args:
-        messages: as the client sent them.
-
     Returns:
         The flattened list; what is no list of objects as it is.
 

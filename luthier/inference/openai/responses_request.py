@@ -73,9 +73,6 @@ class ResponseRequest:
 def parse_response(body: bytes) -> ResponseRequest:
     """Check the body of a request for a response.
 
-    Args:
-        body: JSON as the client sent it.
-
     Returns:
         The request, with null fields as if absent.
 

@@ -53,9 +53,6 @@ class _ChatSchema(BaseModel):
 def read_chat_format(value: Any) -> AnswerFormat | None:
     """Check the `response_format` of a chat.
 
-    Args:
-        value: as the client sent it.
-
     Returns:
         The form, None where the text is free.
 

@@ -61,11 +61,7 @@ class ToolCallParser:
         self.num_calls = 0
 
     def push(self, text: str) -> list[ReadPart]:
-        """Take more text.
-
-        Returns:
-            What is certain now.
-        """
+        """Take more text."""
         parts: list[ReadPart] = []
         self._held += text
         while self._held and self._step(parts):

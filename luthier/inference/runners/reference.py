@@ -269,17 +269,7 @@ def forward(
     mask_BW: torch.Tensor,
     positions_BT: torch.Tensor,
 ) -> torch.Tensor:
-    """Run tokens after those that a cache holds, which grows by them.
-
-    Args:
-        past: keys and values of W - T tokens.
-        ids_BT: int64 token ids.
-        mask_BW: int64, 1 where a token is real.
-        positions_BT: int64 positions of the T tokens.
-
-    Returns:
-        logits_BTV in the model's type.
-    """
+    """Run tokens after the W - T of a cache, which grows by them; return logits_BTV in the model's type."""
     takes_positions, cache_argument = _forward_arguments(type(model).forward)
     arguments: dict[str, Any] = {
         "input_ids": ids_BT,

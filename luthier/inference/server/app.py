@@ -373,11 +373,7 @@ class StreamedAnswer:
         self._passes_text = self._reader.passes_text and not generation.has_echoes
 
     async def start(self) -> bytes:
-        """Wait for the first part and return the events up to it.
-
-        Raises:
-            LuthierError: what the engine failed with before.
-        """
+        """Wait for the first part and return the events up to it."""
         first = self._shape.first_events(len(self._generation.sequences))
         events: list[bytes] = []
         while not events:
@@ -385,11 +381,7 @@ class StreamedAnswer:
         return b"".join(first + events)
 
     async def pieces(self, begun: bytes) -> AsyncIterator[bytes]:
-        """Yield the events, those that arrive together in one piece; a failure as the last ones.
-
-        Args:
-            begun: what `start` returned.
-        """
+        """Yield the events, those that arrive together in one piece; a failure as the last ones."""
         yield begun
         try:
             while self._generation.is_open:

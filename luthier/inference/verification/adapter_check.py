@@ -59,10 +59,6 @@ class Said:
 def probe(executor: BatchExecutor, texts: Sequence[Text]) -> list[Said]:
     """Run short texts beside each other, in blocks that are not shared.
 
-    Args:
-        executor: of their base; only its thread may call this.
-        texts: of at least a token each.
-
     Raises:
         OutOfMemoryError: when there are too few blocks.
     """
@@ -152,10 +148,6 @@ def verify_full(
     Args:
         base_logits_V: the base's after `probe_ids`, float32.
         canary: what training recorded; None for artifacts that are older than that.
-
-    Raises:
-        ArtifactCorruptError: when the vocabularies differ.
-        SelfCheckError: when it fails.
     """
     texts = [Text(probe_ids, None)]
     if canary is not None:

@@ -22,11 +22,7 @@ _ROUNDED_CANARY_TOLERANCE = 0.1
 
 
 def check_base(folder: Path, base_digest: str) -> Manifest:
-    """Check that an artifact was trained on a base.
-
-    Raises:
-        ArtifactCorruptError: when its manifest names another base.
-    """
+    """Check that an artifact was trained on a base."""
     manifest = read_manifest(folder)
     if manifest.base_digest != base_digest:
         raise ArtifactCorruptError("The artifact was trained on another version of the base model.")
@@ -77,15 +73,7 @@ def read_canary(folder: Path) -> Canary | None:
 
 
 def check_canary(canary: Canary | None, dtype: torch.dtype, run: Callable[[list[int]], torch.Tensor]) -> None:
-    """Check that a model says what it said when it was trained.
-
-    Args:
-        canary: what training recorded; None checks nothing.
-        run: gives logits_V, float32, after a text.
-
-    Raises:
-        SelfCheckError: when it says something else.
-    """
+    """Check that a model says what it said when it was trained."""
     if canary is None:
         return
     logits_V = run(canary.token_ids).cpu()
@@ -116,9 +104,6 @@ def check_row(
     Args:
         begun_V: what the model says after a text's first token, float32.
         row_V: what the model says after the same token as a row by itself.
-
-    Raises:
-        SelfCheckError: when the base answers for the model there.
     """
     # Of a smaller change rounding may leave nothing on one of the ways.
     if gap_between(begun_V, base_begun_V) > CANARY_TOLERANCE and torch.equal(row_V, base_row_V):
@@ -127,10 +112,6 @@ def check_row(
 
 def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:
     """Check what a model says about a short text beside what its base says.
-
-    Args:
-        logits_V: the model's, float32.
-        base_logits_V: the base's, float32.
 
     Raises:
         ArtifactCorruptError: when the vocabularies differ.
@@ -144,13 +125,6 @@ def check_probe(logits_V: torch.Tensor, base_logits_V: torch.Tensor) -> None:
 
 
 def check_finite_logits(logits_V: torch.Tensor) -> None:
-    """Check that a model says numbers.
-
-    Args:
-        logits_V: the model's, float32.
-
-    Raises:
-        SelfCheckError: when one of them is not finite.
-    """
+    """Check that a model says numbers."""
     if not bool(torch.isfinite(logits_V).all()):
         raise SelfCheckError("The model's logits are not finite; it is not served.")
