@@ -143,7 +143,7 @@ class Sequence:
         self.family, self.name, self.prompt, self.num_new = family, name, prompt, num_new
         self.virtual = [-1 - index for index in range(family.num_virtual(name))]
         self.new: list[int] = []
-        # The greedy token after so many real tokens.
+        # The greedy token after that many real tokens.
         self.found: dict[int, int] = {}
         self.table: list[int] = []
         self.num_run = 0

@@ -1,4 +1,4 @@
-"""Freed memory is kept where the C library can be reported so."""
+"""Freed memory is kept where the C library allows it."""
 
 import platform
 import subprocess

@@ -1,4 +1,4 @@
-"""What a training process may know of its surroundings."""
+"""The environment of a training process, and memory that other processes can't read."""
 
 import subprocess
 import sys

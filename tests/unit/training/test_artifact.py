@@ -1,4 +1,4 @@
-"""The log that goes on after a resume, and a card that no value breaks out of and that tells how to load."""
+"""The log that continues after a resume, and the card: it escapes every value and shows how to load."""
 
 import json
 from pathlib import Path

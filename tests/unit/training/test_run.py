@@ -1,4 +1,4 @@
-"""How a run that can't go on says so, and how one that was stopped goes on."""
+"""How a failed run reports its error, and how a stopped one continues."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def run_whole(folder: Path) -> list[TrainingEvent]:
     return [parse_event(line) for line in path.read_bytes().splitlines()]
 
 
-def test_a_validation_that_was_cut_short_is_made_up_for_and_the_step_told_once(
+def test_a_validation_that_was_cut_short_is_made_up_for_and_the_step_reported_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     undisturbed = tmp_path / "undisturbed"
@@ -56,8 +56,8 @@ def test_a_validation_that_was_cut_short_is_made_up_for_and_the_step_told_once(
     assert isinstance(first[-1], StoppedEvent)
     second = run_whole(folder)
     for kind in ("step", "checkpoint"):
-        told = [(e.step, e.metrics) for e in first + second if e.type == kind]
-        assert told == [(e.step, e.metrics) for e in expected if e.type == kind]
+        reported = [(e.step, e.metrics) for e in first + second if e.type == kind]
+        assert reported == [(e.step, e.metrics) for e in expected if e.type == kind]
     log = (folder / "artifact" / "training_log.jsonl").read_bytes()
     assert log == (undisturbed / "artifact" / "training_log.jsonl").read_bytes()
 

@@ -7,7 +7,7 @@ from luthier.training.model import optimizer as split_adamw
 from luthier.training.model.optimizer import SplitAdamW, _join, _take_apart
 
 
-def test_putting_together_what_was_taken_apart_gives_every_number_back() -> None:
+def test_splitting_and_joining_gives_every_number_back() -> None:
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (200_000,), generator=generator).to(torch.int32)
     numbers = bits.view(torch.float32)

@@ -36,7 +36,7 @@ def weights(job_model: JobModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("tuning", [{"type": "lora"}, {"type": "adapter"}])
-def test_what_lies_on_a_bf16_base_is_trained_in_float32(base: Path, tuning: dict[str, Any]) -> None:
+def test_adapters_of_a_bf16_base_are_trained_in_float32(base: Path, tuning: dict[str, Any]) -> None:
     job_model = make(base, torch.bfloat16, tuning)
     assert {parameter.dtype for parameter in job_model.parameters} == {torch.float32}
 

@@ -1,4 +1,4 @@
-"""Going on from an artifact: a child starts as its parent, and what contradicts the parent is refused."""
+"""Continuing from an artifact: a child starts as its parent, and what contradicts the parent is refused."""
 
 from pathlib import Path
 from typing import Any
