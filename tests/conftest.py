@@ -254,6 +254,15 @@ def api(settings: Settings, database: Database) -> Iterator[Api]:
         yield served
 
 
+@pytest.fixture(scope="module")
+def module_api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """As `api`, one for all tests of a module."""
+    with fresh_database(postgres) as database:
+        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("module"))
+        with serve_api(settings, database) as served:
+            yield served
+
+
 class _Server(uvicorn.Server):
     """A server that stops within milliseconds when it is asked to: each test starts and stops one."""
 

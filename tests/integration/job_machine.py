@@ -12,7 +12,7 @@ from sqlalchemy import text
 from db.tables import Job
 from luthier.core.errors import NonFiniteLossError, WorkerCrashedError
 from luthier.core.ids import new_id
-from luthier.core.specs import BaseFacts, TrainingSpec
+from luthier.core.specs import TrainingSpec
 from luthier.core.states import JobStatus
 from services.capacity import workers
 from services.files import files
@@ -22,21 +22,11 @@ from services.jobs.events import NewEvent
 from services.jobs.leases import LeaseLostError
 from services.models import models
 from tests.integration.job_model import MAX_ATTEMPTS, JobModel, Known
+from tests.integration.training_script import BASE_FACTS
 
 S = JobStatus
 _MAX_JOBS = 5
 _WORKERS = ("worker-1", "worker-2")
-_BASE = BaseFacts(
-    id="tiny-llama",
-    source="path:x",
-    licence="x",
-    digest="sha256:0",
-    tokenizer_digest="sha256:0",
-    context_length=256,
-    num_parameters=1,
-    num_layers=1,
-    hidden_size=1,
-)
 
 
 class JobMachine(JobModel):
@@ -243,7 +233,7 @@ class JobMachine(JobModel):
         assert job.lease is not None
         leases.update_job(session, job.lease, step=Job.step)
         row = session.get_one(Job, job.id, populate_existing=True)
-        spec = TrainingSpec.model_validate(row.spec).model_copy(update={"base": _BASE})
+        spec = TrainingSpec.model_validate(row.spec).model_copy(update={"base": BASE_FACTS})
         name = models.make_name("tiny-llama", "personal", row.suffix)
         models.register(
             session,

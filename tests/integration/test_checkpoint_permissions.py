@@ -14,10 +14,11 @@ from sqlalchemy.orm import Session
 from db.tables import Job, Model
 from luthier.core.errors import ModelNotFoundError
 from luthier.core.ids import new_id
-from luthier.core.specs import BaseFacts, TrainingSpec
+from luthier.core.specs import TrainingSpec
 from services.accounts.auth import Principal
 from services.models import models, permissions
 from tests.conftest import Api, wait_until
+from tests.integration.training_script import BASE_FACTS
 from tests.rows import colour_rows, jsonl
 
 NAME = "ft:tiny-llama:personal:mine:abcdefgh:ckpt-step-3"
@@ -122,18 +123,7 @@ def test_a_deleted_model_is_no_longer_shared(api: Api, owner: openai.OpenAI) -> 
 
 def _register(session: Session, job_id: str, kind: str, step: int, name: str) -> None:
     job = session.get_one(Job, job_id)
-    facts = BaseFacts(
-        id="tiny-llama",
-        source="path:x",
-        licence="x",
-        digest="sha256:0",
-        tokenizer_digest="sha256:0",
-        context_length=256,
-        num_parameters=1,
-        num_layers=1,
-        hidden_size=1,
-    )
-    spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": facts})
+    spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": BASE_FACTS})
     made = {"artifact_key": "k", "artifact_digest": "sha256:d", "metrics": {}}
     models.register(session, job, spec, name=name, kind=kind, step=step, **made)  # type: ignore[arg-type]
 

@@ -12,7 +12,6 @@ The numbers are those of the list that the project keeps. Sentences that are hel
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -24,7 +23,7 @@ from api.schemas.jobs import IGNORED_JOB_FIELDS
 from db.session import Database
 from db.tables import Job
 from luthier.core.settings import Settings
-from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
+from tests.conftest import Api, serve_api
 from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
 
@@ -32,11 +31,8 @@ _SHAPE = {"message", "type", "param", "code"}
 
 
 @pytest.fixture(scope="module")
-def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with fresh_database(postgres) as database:
-        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("breakages"))
-        with serve_api(settings, database) as served:
-            yield served
+def api(module_api: Api) -> Api:
+    return module_api
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,13 @@ from luthier.core.errors import NonFiniteLossError
 from luthier.core.states import JobStatus
 from services.jobs import leases
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
-from tests.integration.training_script import Script, ScriptedChild
+from tests.integration.training_script import run_script
 from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
-from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
+from worker.tasks.train import claim
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +86,13 @@ def jobs_by_status(
         if "running" not in found:
             keep(job_id)
             folder = tmp_path_factory.mktemp("run")
-            script = Script(job_id, claimed.spec, folder, steps_an_epoch=1, num_epochs=3)
-            script.start().epoch(1, 5.0).epoch(2, 4.0).epoch(3, 3.0).finish(3)
-            with lease_heartbeat(context, claimed.lease) as heartbeat:
-                make_run(context, claimed, folder, heartbeat).supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+            run_script(
+                context,
+                folder,
+                lambda script: script.start().epoch(1, 5.0).epoch(2, 4.0).epoch(3, 3.0).finish(3),
+                epochs=3,
+                claimed=claimed,
+            )
             keep(job_id)
         else:
             ask(api, "POST", f"/fine_tuning/jobs/{job_id}/pause")

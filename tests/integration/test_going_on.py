@@ -14,16 +14,15 @@ from db.tables import Job, Model
 from luthier.core.events import StoppedEvent
 from luthier.core.specs import TrainingSpec
 from tests.conftest import Api
-from tests.integration.training_script import Script, ScriptedChild
+from tests.integration.training_script import Script, run_script
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.context import WorkerContext
-from worker.heartbeat import lease_heartbeat
 from worker.maintenance import collect_garbage
 from worker.processes import work
 from worker.tasks.model_inputs import fetch_parents
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
+from worker.tasks.train import claim
 from worker.training_process.supervisor import Ending
 
 
@@ -61,12 +60,7 @@ class Jobs:
         claimed = claim(self.context)
         assert claimed is not None
         assert claimed.lease.job_id == job_id
-        run_dir = self.folder / job_id / f"e{claimed.lease.fencing_token}"
-        script = Script(job_id, claimed.spec, run_dir, steps_an_epoch=1, num_epochs=epochs)
-        write(script)
-        with lease_heartbeat(self.context, claimed.lease) as heartbeat:
-            run = make_run(self.context, claimed, run_dir, heartbeat)
-            return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+        return run_script(self.context, self.folder / job_id, write, epochs=epochs, claimed=claimed)
 
     def finish(self, job_id: str, *, epochs: int = 1) -> str:
         """Prepare a job, let it succeed, and return its model's name."""

@@ -1,7 +1,6 @@
 """Pages of jobs, events and checkpoints: by keyset, each row once whatever is inserted meanwhile."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -13,18 +12,16 @@ from luthier.core.ids import new_id
 from services.accounts.auth import Principal
 from services.jobs import events, jobs
 from services.jobs.events import NewEvent
-from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
+from tests.conftest import Api
+from tests.integration.training_script import BASE_FACTS
 from tests.rows import colour_rows, jsonl
 
 NUM_ROWS = 11
 
 
 @pytest.fixture(scope="module")
-def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with fresh_database(postgres) as database:
-        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("pages"))
-        with serve_api(settings, database) as served:
-            yield served
+def api(module_api: Api) -> Api:
+    return module_api
 
 
 @pytest.fixture
@@ -132,22 +129,11 @@ def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retir
 
 
 def _add_checkpoint(session: Any, job_id: str, step: int) -> None:
-    from luthier.core.specs import BaseFacts, TrainingSpec
+    from luthier.core.specs import TrainingSpec
     from services.models import models
 
     job = session.get_one(Job, job_id)
-    base = BaseFacts(
-        id=job.base_id,
-        source="path:x",
-        licence="x",
-        digest="sha256:0",
-        tokenizer_digest="sha256:0",
-        context_length=256,
-        num_parameters=1,
-        num_layers=1,
-        hidden_size=1,
-    )
-    spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": base})
+    spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": BASE_FACTS})
     models.register(
         session,
         job,

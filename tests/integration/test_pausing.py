@@ -15,7 +15,7 @@ from luthier.core.errors import JobError, UnavailableError, WorkerCrashedError
 from luthier.core.events import FailedEvent
 from services.jobs import leases
 from services.jobs.leases import LeaseLostError
-from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
+from tests.conftest import Api
 from tests.integration.stoppable_child import Attempt
 from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
@@ -29,11 +29,8 @@ from worker.training_process.supervisor import Ending
 
 
 @pytest.fixture(scope="module")
-def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    with fresh_database(postgres) as database:
-        settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("pausing"))
-        with serve_api(settings, database) as served:
-            yield served
+def api(module_api: Api) -> Api:
+    return module_api
 
 
 @pytest.fixture

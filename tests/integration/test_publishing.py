@@ -15,13 +15,11 @@ from db.tables import File, Job, Model
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.events import CheckpointEvent, StoppedEvent
 from tests.conftest import Api
-from tests.integration.training_script import Script, ScriptedChild
+from tests.integration.training_script import Script, run_script
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
-from worker.heartbeat import lease_heartbeat
 from worker.maintenance import collect_garbage
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
 from worker.training_process.supervisor import Ending
 
 
@@ -41,14 +39,7 @@ class Work:
     job_id: str
 
     def attempt(self, write: Callable[[Script], object], *, steps: int = 1, epochs: int = 5) -> Ending:
-        claimed = claim(self.context)
-        assert claimed is not None
-        run_dir = self.folder / f"e{claimed.lease.fencing_token}"
-        script = Script(self.job_id, claimed.spec, run_dir, steps_an_epoch=steps, num_epochs=epochs)
-        write(script)
-        with lease_heartbeat(self.context, claimed.lease) as heartbeat:
-            run = make_run(self.context, claimed, run_dir, heartbeat)
-            return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
+        return run_script(self.context, self.folder, write, steps=steps, epochs=epochs)
 
     def checkpoints(self) -> dict[int, str]:
         listed = self.client.fine_tuning.jobs.checkpoints.list(self.job_id)

@@ -15,33 +15,20 @@ from pydantic import SecretStr
 from db.tables import Worker
 from luthier.core.events import EvaluatedEvent, Evaluation, FailedEvent, Metrics, SampleAnswer, StepEvent
 from luthier.core.settings import Settings
-from luthier.core.specs import BaseFacts, DpoOptions, TrainingOptions, TrainingSpec, TunedModel
+from luthier.core.specs import DpoOptions, TrainingOptions, TrainingSpec, TunedModel
 from luthier.trackers import discover
 from luthier.trackers.base import RunStatus, TrackedRun, Tracker, TrackerConfig, TrackerRun
 from services.jobs.leases import Lease
 from tests.conftest import Api
 from tests.event_files import read_events, scalars
-from tests.integration.training_script import Script, ScriptedChild
+from tests.integration.training_script import BASE_FACTS, Script, ScriptedChild, run_script
 from tests.rows import colour_rows, jsonl
 from tests.training import train_next
 from worker.context import WorkerContext
-from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
+from worker.tasks.train import claim
 from worker.training_process import tracking
 from worker.training_process.tracking import TrackerThread, start_tracking
-
-_BASE = BaseFacts(
-    id="b",
-    source="path:x",
-    licence="x",
-    digest="sha256:0",
-    tokenizer_digest="sha256:0",
-    context_length=256,
-    num_parameters=1,
-    num_layers=1,
-    hidden_size=1,
-)
 
 
 @pytest.fixture
@@ -103,15 +90,16 @@ def _run(context: WorkerContext, job_id: str, folder: Path, *, epochs: int = 3) 
     prepare(context, job_id)
     claimed = claim(context)
     assert claimed is not None
-    script = Script(job_id, claimed.spec, folder, steps_an_epoch=2, num_epochs=epochs).start()
-    for epoch in range(1, epochs + 1):
-        script.epoch(epoch, 3.0 - epoch / 2)
-    script.finish(epochs)
-    followed = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
-    with lease_heartbeat(context, claimed.lease) as heartbeat:
-        child = ScriptedChild(script.events)
-        ending = make_run(context, claimed, folder, heartbeat, followed).supervise(child)  # type: ignore[arg-type]
-    followed.end()
+
+    def write(script: Script) -> None:
+        script.start()
+        for epoch in range(1, epochs + 1):
+            script.epoch(epoch, 3.0 - epoch / 2)
+        script.finish(epochs)
+
+    tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
+    ending = run_script(context, folder, write, steps=2, epochs=epochs, claimed=claimed, tracking=tracking)
+    tracking.end()
     return ending.value
 
 
@@ -266,7 +254,7 @@ def test_a_tracker_gets_parameters_and_metrics_and_no_text_of_a_user(
         foundation=parent.model_copy(update={"name": "ft:foundation", "digest": "sha256:2"}),
         dpo=DpoOptions(beta=0.25),
     )
-    script = Script("j", spec.model_copy(update={"base": _BASE}), Path(), steps_an_epoch=1, num_epochs=1)
+    script = Script("j", spec.model_copy(update={"base": BASE_FACTS}), Path(), steps_an_epoch=1, num_epochs=1)
     evaluation = Evaluation(
         step=3,
         epoch=1.0,

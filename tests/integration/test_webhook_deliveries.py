@@ -25,14 +25,12 @@ from services.jobs.leases import Lease
 from services.webhooks import deliveries, endpoints
 from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job, the_delivery, wind
-from tests.integration.training_script import Script, ScriptedChild
+from tests.integration.training_script import run_script
 from tests.receiver import Receiver
 from worker import webhook_dispatcher
 from worker.app import sweep
 from worker.context import Watch, WorkerContext
-from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
 from worker.webhook_dispatcher import deliver_due
 
 
@@ -55,14 +53,8 @@ def test_a_job_that_succeeds_is_reported_and_the_sdk_unwraps_it(
 ) -> None:
     job_id = create_job(client)
     prepare(context, job_id)
-    claimed = claim(context)
-    assert claimed is not None
-    script = Script(job_id, claimed.spec, tmp_path / "run", steps_an_epoch=1, num_epochs=1)
-    script.start().epoch(1, 2.0).finish(1)
     assert deliver_due(context) == 0
-    with lease_heartbeat(context, claimed.lease) as heartbeat:
-        child = ScriptedChild(script.events)
-        make_run(context, claimed, tmp_path / "run", heartbeat).supervise(child)  # type: ignore[arg-type]
+    run_script(context, tmp_path, lambda script: script.start().epoch(1, 2.0).finish(1))
 
     assert deliver_due(context) == 1
     assert deliver_due(context) == 0

@@ -1,6 +1,6 @@
 """A stand-in for the training process: it says what a test wrote down, and has made the folders it names."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from luthier.core.events import (
@@ -17,8 +17,26 @@ from luthier.core.events import (
     StepEvent,
     TrainingEvent,
 )
-from luthier.core.specs import TrainingSpec
+from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.storage.manifests import seal_folder
+from worker.context import WorkerContext
+from worker.heartbeat import lease_heartbeat
+from worker.tasks.train import Claimed, claim, make_run
+from worker.training_process.supervisor import Ending
+from worker.training_process.tracking import Tracking
+
+# The base of jobs that no process trains.
+BASE_FACTS = BaseFacts(
+    id="tiny-llama",
+    source="path:x",
+    licence="x",
+    digest="sha256:0",
+    tokenizer_digest="sha256:0",
+    context_length=256,
+    num_parameters=1,
+    num_layers=1,
+    hidden_size=1,
+)
 
 
 class ScriptedChild:
@@ -196,3 +214,24 @@ class Script:
         return seal_folder(
             building, final, digested=["adapter_model.safetensors"], base_digest=self.spec.ground_digest
         ).digest
+
+
+def run_script(
+    context: WorkerContext,
+    folder: Path,
+    write: Callable[[Script], object],
+    *,
+    steps: int = 1,
+    epochs: int = 1,
+    claimed: Claimed | None = None,
+    tracking: Tracking | None = None,
+) -> Ending:
+    """Claim the next queued job, unless one is given, and run it with a scripted process."""
+    claimed = claimed or claim(context)
+    assert claimed is not None
+    run_dir = folder / f"e{claimed.lease.fencing_token}"
+    script = Script(claimed.lease.job_id, claimed.spec, run_dir, steps_an_epoch=steps, num_epochs=epochs)
+    write(script)
+    with lease_heartbeat(context, claimed.lease) as heartbeat:
+        run = make_run(context, claimed, run_dir, heartbeat, tracking)
+        return run.supervise(ScriptedChild(script.events))  # type: ignore[arg-type]
