@@ -2,8 +2,12 @@
 
 from functools import cache
 
+import openai
+
+from db.tables import Job
 from luthier.core.settings import Settings
 from tests.conftest import Api
+from tests.rows import colour_rows, jsonl
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.tasks.train import claim, train
@@ -32,3 +36,19 @@ def train_next(context: WorkerContext) -> bool:
         return False
     train(context, claimed)
     return True
+
+
+def create_short_job(client: openai.OpenAI, *, n_epochs: int = 1, batch_size: int = 4) -> str:
+    """Create a job of a few steps in fp32; return its id."""
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    return client.fine_tuning.jobs.create(
+        model="tiny-llama",
+        training_file=file.id,
+        hyperparameters={"n_epochs": n_epochs, "batch_size": batch_size},
+        extra_body={"training": {"precision": "float32"}},
+    ).id
+
+
+def job_row(context: WorkerContext, job_id: str) -> Job:
+    with context.database.transaction() as session:
+        return session.get_one(Job, job_id)

@@ -22,7 +22,7 @@ from luthier.core.settings import Settings
 from services.task_queue import QUEUE, TASK_NAME
 from tests.conftest import Api, wait_until
 from tests.folders import TEMPORARY_FOLDER
-from tests.rows import colour_rows, jsonl
+from tests.training import create_short_job
 from tests.workers import running_worker
 
 
@@ -55,16 +55,6 @@ def client(api: Api) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
 
 
-def _create(client: openai.OpenAI) -> str:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    return client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=file.id,
-        hyperparameters={"n_epochs": 1, "batch_size": 4},
-        extra_body={"training": {"precision": "float32"}},
-    ).id
-
-
 def _wait_for_success(client: openai.OpenAI, job_id: str) -> None:
     wait_until(
         lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed"),
@@ -85,13 +75,13 @@ def test_jobs_start_by_the_sweep_when_the_broker_is_killed_and_never_comes_back(
         wait_until(lambda: "Connected to" in worker.log(), what="the worker reads messages")
         broker.process.send_signal(signal.SIGKILL)
         broker.process.wait()
-        _wait_for_success(client, _create(client))
+        _wait_for_success(client, create_short_job(client))
         assert worker.process.poll() is None
 
 
 def test_a_worker_needs_no_broker(settings: Settings, client: openai.OpenAI, tmp_path: Path) -> None:
     with running_worker(settings, tmp_path / "worker.log", "--no-broker") as worker:
-        _wait_for_success(client, _create(client))
+        _wait_for_success(client, create_short_job(client))
         worker.process.terminate()
         assert worker.process.wait(timeout=30) == 0
 
@@ -147,7 +137,7 @@ def test_forged_doubled_and_hostile_messages_harm_neither_job_nor_worker(
     pidbox = {"method": "shutdown", "arguments": {}, "destination": None, "pattern": None, "matcher": None}
     with running_worker(_with_broker(settings, broker), tmp_path / "worker.log") as worker:
         wait_until(lambda: "Connected to" in worker.log(), what="the worker reads messages")
-        job_id = _create(client)
+        job_id = create_short_job(client)
         for message in _hostile_messages(job_id):
             broker.client.lpush(QUEUE, message)
         broker.client.publish("/0.celery.pidbox", _forged({}, pidbox))

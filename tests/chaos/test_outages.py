@@ -19,7 +19,7 @@ from services.jobs import leases
 from services.task_queue import TASK_NAME, TaskNotifier, make_celery
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
-from tests.training import fork_server, train_next
+from tests.training import create_short_job, fork_server, train_next
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.maintenance import collect_garbage
@@ -38,16 +38,6 @@ def context(settings: Settings, api: Api) -> WorkerContext:
     made.notify = api.notified.append
     made.fork_server = fork_server()
     return made
-
-
-def _create(client: openai.OpenAI) -> str:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    return client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=file.id,
-        hyperparameters={"n_epochs": 1, "batch_size": 4},
-        extra_body={"training": {"precision": "float32"}},
-    ).id
 
 
 def test_a_burst_of_requests_is_answered_whole(api: Api) -> None:
@@ -83,7 +73,7 @@ def test_two_notifications_at_start_never_put_two_jobs_into_one_slot(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
     for _ in range(2):
-        prepare(context, _create(client))
+        prepare(context, create_short_job(client))
     taken: list[object] = []
     barrier = threading.Barrier(2)
 
@@ -118,7 +108,7 @@ def _end_pause(context: WorkerContext, job_id: str) -> None:
 
 
 def test_storage_that_is_away_costs_a_job_no_attempt(client: openai.OpenAI, context: WorkerContext) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     with pytest.MonkeyPatch.context() as broken:
         _break(broken, context, "fetch_file")
         for _ in range(5):
@@ -146,7 +136,7 @@ def test_storage_that_is_away_costs_a_job_no_attempt(client: openai.OpenAI, cont
 def test_a_lease_is_kept_while_a_run_directory_is_filled(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     prepare(context, job_id)
     fetch = context.storage.fetch_folder
 
@@ -167,7 +157,7 @@ def test_a_lease_is_kept_while_a_run_directory_is_filled(
 def test_a_training_file_that_changed_in_storage_is_never_trained_on(
     client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     root = context.storage.local_root
     assert root is not None
     (stored,) = (path for path in root.rglob("file-*") if path.is_file())

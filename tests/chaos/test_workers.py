@@ -26,6 +26,7 @@ from services.capacity import workers
 from tests.conftest import Api, wait_until
 from tests.integration.training_script import Script, ScriptedChild
 from tests.rows import colour_rows, jsonl
+from tests.training import create_short_job
 from tests.workers import running_worker
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
@@ -60,16 +61,6 @@ def other(settings: Settings, api: Api) -> Iterator[WorkerContext]:
     made.database.close()
 
 
-def _create(client: openai.OpenAI, *, n_epochs: int = 1, batch_size: int = 4) -> str:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    return client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=file.id,
-        hyperparameters={"n_epochs": n_epochs, "batch_size": batch_size},
-        extra_body={"training": {"precision": "float32"}},
-    ).id
-
-
 def _messages(client: openai.OpenAI, job_id: str) -> list[str]:
     return [event.message for event in client.fine_tuning.jobs.list_events(job_id, limit=100)][::-1]
 
@@ -96,7 +87,7 @@ def _change_spec(context: WorkerContext, job_id: str, statement: str) -> None:
 def test_a_specification_that_a_worker_can_not_read_costs_that_job_only(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch, newer: str, field: str
 ) -> None:
-    unchecked, queued, good = _create(client), _create(client), _create(client)
+    unchecked, queued, good = create_short_job(client), create_short_job(client), create_short_job(client)
     prepare(context, queued)
     for job_id in (unchecked, queued):
         _change_spec(context, job_id, newer)
@@ -178,7 +169,7 @@ def _try_until_the_end(client: openai.OpenAI, context: WorkerContext, job_id: st
 def test_storage_that_refuses_fails_a_job_by_name_after_a_handful_of_tries(
     client: openai.OpenAI, context: WorkerContext, refusing: Storage
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     context.storage = refusing
     assert _try_until_the_end(client, context, job_id) <= 8
     job = client.fine_tuning.jobs.retrieve(job_id)
@@ -191,7 +182,7 @@ def test_storage_that_refuses_fails_a_job_by_name_after_a_handful_of_tries(
 def test_a_local_folder_that_is_none_fails_a_job_by_name(
     client: openai.OpenAI, context: WorkerContext, tmp_path: Path
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     root = context.storage.local_root
     assert root is not None
     root.rename(tmp_path / "moved")
@@ -203,7 +194,7 @@ def test_a_local_folder_that_is_none_fails_a_job_by_name(
 
 
 def test_pauses_grow_and_progress_ends_them(client: openai.OpenAI, context: WorkerContext) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     fetch = context.storage.fetch_file
     context.storage.fetch_file = _raise_away  # type: ignore[method-assign]
     pauses = []
@@ -227,7 +218,7 @@ def test_pauses_grow_and_progress_ends_them(client: openai.OpenAI, context: Work
 def test_a_full_disk_of_a_worker_fails_a_job_by_name_after_some_tries(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -257,7 +248,7 @@ def _fail_on(context: WorkerContext, job_id: str, monkeypatch: pytest.MonkeyPatc
 def test_a_worker_takes_a_job_that_failed_there_again_where_the_others_have_too_little_memory(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     _fail_on(context, job_id, monkeypatch)
     sweep(other)
     assert claim(context) is None
@@ -273,7 +264,7 @@ def test_a_worker_takes_a_job_that_failed_there_again_where_the_others_have_too_
 def test_a_worker_takes_a_job_that_failed_there_again_after_some_minutes(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     _fail_on(context, job_id, monkeypatch)
     sweep(other)
     assert claim(context) is None
@@ -285,7 +276,7 @@ def test_a_worker_takes_a_job_that_failed_there_again_after_some_minutes(
 def test_a_fault_counts_on_though_its_words_change_and_the_job_waits_for_else_between(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     tries: list[int] = []
 
     def refuse(*_: object, **__: object) -> None:
@@ -307,7 +298,7 @@ def _raise_away(*_: object, **__: object) -> None:
 def test_a_job_waits_for_a_worker_that_has_its_base(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext
 ) -> None:
-    unchecked, queued = _create(client), _create(client)
+    unchecked, queued = create_short_job(client), create_short_job(client)
     prepare(context, queued)
     # The catalogues of both are changed: no worker has the base any more.
     full = context.catalogue
@@ -330,7 +321,7 @@ def test_a_job_waits_for_a_worker_that_has_its_base(
 def test_a_job_that_was_prepared_for_other_weights_is_left_to_a_worker_that_has_them(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     prepare(context, job_id)
     _change_spec(context, job_id, """jsonb_set(spec, '{base,digest}', '"sha256:other"')""")
     assert claim(context) is None
@@ -352,7 +343,7 @@ def _let_die(context: WorkerContext, monkeypatch: pytest.MonkeyPatch, *, is_mach
 def test_a_job_that_crashed_on_a_worker_is_anothers_while_one_lives(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     prepare(context, job_id)
     _let_die(context, monkeypatch)
     assert claim(context) is None
@@ -370,7 +361,7 @@ def test_a_job_that_crashed_on_a_worker_is_anothers_while_one_lives(
 def test_no_worker_alone_fails_a_job_while_another_lives(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     prepare(context, job_id)
     with context.database.transaction() as session:
         session.get_one(Job, job_id).num_crashes = 7
@@ -385,7 +376,7 @@ def test_a_machine_whose_worker_is_restarted_fails_no_job_while_another_lives(
     context: WorkerContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    job_id = _create(client)
+    job_id = create_short_job(client)
     prepare(context, job_id)
     with context.database.transaction() as session:
         base = {"tiny-llama": None}
@@ -419,7 +410,7 @@ def _scripted_child(run_dir: Path, *_: object) -> Iterator[ScriptedChild]:
 def test_ten_jobs_beside_a_worker_that_can_run_no_process_all_succeed_on_the_other(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [_create(client) for _ in range(10)]
+    jobs = [create_short_job(client) for _ in range(10)]
     for job_id in jobs:
         prepare(context, job_id)
     while set(_statuses(client, jobs)) != {"succeeded"}:
@@ -441,7 +432,7 @@ def test_ten_jobs_beside_a_worker_that_can_run_no_process_all_succeed_on_the_oth
 def test_a_worker_whose_processes_die_at_once_stops_and_the_queue_is_done_by_the_other(
     settings: Settings, api: Api, client: openai.OpenAI, context: WorkerContext, tmp_path: Path
 ) -> None:
-    jobs = [_create(client) for _ in range(10)]
+    jobs = [create_short_job(client) for _ in range(10)]
     for job_id in jobs:
         prepare(context, job_id)
     with context.database.transaction() as session:
@@ -479,7 +470,7 @@ def test_a_worker_whose_processes_die_at_once_stops_and_the_queue_is_done_by_the
 def test_a_worker_on_which_two_jobs_die_at_once_is_quarantined(
     client: openai.OpenAI, context: WorkerContext, other: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [_create(client) for _ in range(3)]
+    jobs = [create_short_job(client) for _ in range(3)]
     for job_id in jobs:
         prepare(context, job_id)
     for _ in range(2):
@@ -495,7 +486,7 @@ def test_a_worker_on_which_two_jobs_die_at_once_is_quarantined(
 def test_a_worker_that_can_run_no_process_fails_no_job_and_tests_itself_before_it_claims_again(
     client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id, second = _create(client), _create(client)
+    job_id, second = create_short_job(client), create_short_job(client)
     for each in (job_id, second):
         prepare(context, each)
     _let_die(context, monkeypatch, is_machine=True)
@@ -563,7 +554,7 @@ def test_a_worker_that_stood_still_for_three_leases_changes_nothing(
 def test_quit_and_a_second_term_stop_a_worker_as_the_first_does(
     client: openai.OpenAI, context: WorkerContext, settings: Settings, tmp_path: Path
 ) -> None:
-    job_id = _create(client, n_epochs=50, batch_size=1)
+    job_id = create_short_job(client, n_epochs=50, batch_size=1)
     prepare(context, job_id)
     with running_worker(settings, tmp_path / "a.log", "--no-broker") as worker:
         wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).status == "running", what="it is taken")

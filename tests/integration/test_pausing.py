@@ -10,7 +10,6 @@ import pytest
 from sqlalchemy import text
 
 from db.tables import Attempt as AttemptRow
-from db.tables import Job
 from luthier.core.errors import JobError, UnavailableError, WorkerCrashedError
 from luthier.core.events import FailedEvent
 from services.jobs import leases
@@ -19,6 +18,7 @@ from tests.conftest import Api
 from tests.integration.stoppable_child import Attempt
 from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
+from tests.training import job_row
 from worker.app import sweep
 from worker.context import WorkerContext, make_context
 from worker.maintenance import collect_garbage
@@ -75,11 +75,6 @@ def attempt(context: WorkerContext, tmp_path: Path) -> Callable[..., Attempt]:
     return begin
 
 
-def _row(context: WorkerContext, job_id: str) -> Job:
-    with context.database.transaction() as session:
-        return session.get_one(Job, job_id)
-
-
 def _outcomes(context: WorkerContext, job_id: str) -> list[str | None]:
     with context.database.transaction() as session:
         rows = session.query(AttemptRow).filter_by(job_id=job_id).order_by("lease_epoch")
@@ -97,7 +92,7 @@ def _messages(client: openai.OpenAI, job_id: str) -> list[str]:
 
 
 def _assert_without_a_lease(context: WorkerContext, job_id: str, status: str) -> None:
-    job = _row(context, job_id)
+    job = job_row(context, job_id)
     assert (job.status, job.lease_owner, job.lease_expires_at) == (status, None, None)
     assert (job.estimated_finish_at, job.finished_at, job.error) == (None, None, None)
 
@@ -134,12 +129,12 @@ def test_a_running_job_is_paused_at_a_save_point_and_gives_its_slot_back(
     assert run.join() is Ending.PAUSED
     _assert_without_a_lease(context, job_id, "paused")
     assert _outcomes(context, job_id) == ["paused"]
-    assert _row(context, job_id).num_crashes == 0
+    assert job_row(context, job_id).num_crashes == 0
     assert "The job is pausing" in _messages(client, job_id)
     assert _messages(client, job_id)[-1] == "The job was paused at step 2"
     assert _claim(context) == other
 
-    kept = _row(context, job_id).save_points
+    kept = job_row(context, job_id).save_points
     collect_garbage(context, grace_seconds=0)
     assert [point["step"] for point in kept] == [2]
     assert context.storage.read_manifest(kept[0]["key"]).files
@@ -172,7 +167,7 @@ def test_a_job_resumed_while_it_is_pausing_waits_for_its_save_point_and_loses_no
     reported = _messages(client, job_id)
     assert reported.index("The job is pausing") < reported.index("The job was resumed")
     assert reported[-1] == "The job waits for a worker at step 2"
-    assert [point["step"] for point in _row(context, job_id).save_points] == [2]
+    assert [point["step"] for point in job_row(context, job_id).save_points] == [2]
     assert _claim(other) == job_id
     other.database.close()
 
@@ -256,7 +251,7 @@ def test_a_pausing_job_whose_worker_is_lost_keeps_its_place_and_that_is_no_crash
         _assert_without_a_lease(context, job_id, status)
         if status == "paused":
             client.fine_tuning.jobs.resume(job_id)
-    assert _row(context, job_id).num_crashes == 0
+    assert job_row(context, job_id).num_crashes == 0
     assert set(_outcomes(context, job_id)) == {"stopped"}
 
 
@@ -319,7 +314,7 @@ def test_storage_that_is_away_at_the_last_save_point_is_waited_for(
     monkeypatch.setattr(event_buffer, "_PAUSES_SECONDS", (0.01, 0.01))
     client.fine_tuning.jobs.pause(job_id)
     assert run.join() is Ending.PAUSED
-    assert [point["step"] for point in _row(context, job_id).save_points] == [2]
+    assert [point["step"] for point in job_row(context, job_id).save_points] == [2]
 
 
 def test_what_cannot_be_paused_or_resumed_is_400_and_names_the_status(
@@ -362,11 +357,11 @@ def test_a_verb_sent_again_because_its_answer_was_lost_is_no_fault_and_does_noth
     assert post("resume", **again).status_code == 400, "never done, so no repeat of anything"
     for verb, status in (("pause", "paused"), ("resume", "queued"), ("pause", "paused")):
         assert post(verb).json()["status"] == status
-        num_events = _row(context, job_id).last_event_seq
+        num_events = job_row(context, job_id).last_event_seq
         answer = post(verb, **again)
         assert (answer.status_code, answer.json()["status"]) == (200, status)
         assert post(verb).status_code == 400
-        assert _row(context, job_id).last_event_seq == num_events
+        assert job_row(context, job_id).last_event_seq == num_events
     # A repeat that finds its act undone by another does it: it may never have arrived before.
     client.fine_tuning.jobs.resume(job_id)
     assert post("pause", **again).json()["status"] == "paused"

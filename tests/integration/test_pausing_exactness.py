@@ -7,11 +7,11 @@ import openai
 import pytest
 from sqlalchemy import DateTime, text
 
-from db.tables import Attempt, Job, Model, Table
+from db.tables import Attempt, Model, Table
 from services.jobs import leases
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
-from tests.training import train_next
+from tests.training import job_row, train_next
 from worker.app import sweep
 from worker.context import WorkerContext
 from worker.maintenance import collect_garbage
@@ -43,11 +43,6 @@ def _create(client: openai.OpenAI, context: WorkerContext) -> str:
     return job.id
 
 
-def _row(context: WorkerContext, job_id: str) -> Job:
-    with context.database.transaction() as session:
-        return session.get_one(Job, job_id)
-
-
 def _let_an_hour_pass(context: WorkerContext) -> None:
     """Move every moment that the database knows an hour back: its clock is the only one that counts."""
     with context.database.transaction() as session:
@@ -61,11 +56,11 @@ def _let_an_hour_pass(context: WorkerContext) -> None:
 def _pause_at(client: openai.OpenAI, context: WorkerContext, job_id: str, step: int) -> None:
     run = threading.Thread(target=train_next, args=(context,))
     run.start()
-    wait_until(lambda: _row(context, job_id).step >= step, what=f"step {step}")
+    wait_until(lambda: job_row(context, job_id).step >= step, what=f"step {step}")
     assert client.fine_tuning.jobs.pause(job_id).status == "pausing"
     run.join(timeout=60)
     assert not run.is_alive(), "the job is pausing for ever"
-    job = _row(context, job_id)
+    job = job_row(context, job_id)
     assert (job.status, job.lease_owner, job.lease_expires_at) == ("paused", None, None)
     assert step <= job.step < NUM_STEPS
     assert [point["step"] for point in job.save_points] == [job.step], "the last step is not kept"

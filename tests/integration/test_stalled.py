@@ -15,6 +15,7 @@ from luthier.storage.store import Storage
 from tests.conftest import Api, wait_until
 from tests.integration.hooks import create_job
 from tests.stack import is_alive
+from tests.training import job_row
 from worker.context import WorkerContext
 from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
@@ -65,7 +66,11 @@ def pipe_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _queue(client: openai.OpenAI, context: WorkerContext) -> str:
     job_id = create_job(client)
+    impatient = context.settings
+    # The check's own process may take longer than a second to start.
+    context.settings = impatient.model_copy(update={"stall_seconds": 60.0})
     prepare(context, job_id)
+    context.settings = impatient
     return job_id
 
 
@@ -130,7 +135,7 @@ def test_a_worker_that_stops_waits_for_a_save_as_long_as_is_set(
     stop.start()
     assert _attempt(client, context, tmp_path, how="hangs") is not Ending.FAILED
     assert time.monotonic() - began < 20
-    assert (_job(context, job_id).status, _job(context, job_id).num_crashes) == ("queued", 0)
+    assert (job_row(context, job_id).status, job_row(context, job_id).num_crashes) == ("queued", 0)
 
 
 def _check_in_thread(context: WorkerContext, job_id: str) -> threading.Thread:
@@ -139,17 +144,12 @@ def _check_in_thread(context: WorkerContext, job_id: str) -> threading.Thread:
     return thread
 
 
-def _job(context: WorkerContext, job_id: str) -> Job:
-    with context.database.transaction() as session:
-        return session.get_one(Job, job_id)
-
-
 def test_a_check_of_files_that_stalls_is_ended_tried_again_and_fails_by_name(
     client: openai.OpenAI, context: WorkerContext, pipe_for_a_file: None
 ) -> None:
     job_id = create_job(client)
     prepare(context, job_id)
-    assert (_job(context, job_id).status, _job(context, job_id).num_crashes) == ("validating_files", 1)
+    assert (job_row(context, job_id).status, job_row(context, job_id).num_crashes) == ("validating_files", 1)
     prepare(context, job_id)
     failed = client.fine_tuning.jobs.retrieve(job_id)
     assert failed.status == "failed"
@@ -173,7 +173,7 @@ def test_a_check_of_files_ends_at_once_when_its_job_is_cancelled_or_its_worker_s
         context.stopping.set()
     thread.join(20)
     assert not thread.is_alive()
-    job = _job(context, job_id)
+    job = job_row(context, job_id)
     assert (job.status, job.num_crashes, job.error) == (
         "cancelled" if how == "cancel" else "validating_files",
         0,
