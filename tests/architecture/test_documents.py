@@ -102,6 +102,14 @@ def test_files_and_functions_that_documents_name_exist(name: str) -> None:
         assert not function or any(_defines(Path(path), function) for path in paths), f"{file}: {function}"
 
 
+def test_the_walkthrough_names_twelve_files_in_order() -> None:
+    rows = re.findall(
+        r"^\| (\d+) \| `([\w/]+\.py): ", (ROOT / "docs/walkthrough.md").read_text(), re.MULTILINE
+    )
+    assert [int(number) for number, _ in rows] == list(range(1, 13))
+    assert len({file for _, file in rows}) == 12
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
 def test_make_targets_that_documents_name_exist(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
