@@ -35,7 +35,8 @@ class Settings(BaseSettings):
         "when absent, or postgres where only that is there.",
     )
     redis_url: SecretStr = Field(
-        SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey, for the bells only."
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey, to notify workers only.",
     )
     storage_url: str = Field(
         "file://.luthier/objects", description="Where bytes are kept: file:///folder or s3://bucket/prefix."
