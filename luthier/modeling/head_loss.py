@@ -96,7 +96,7 @@ def gather_supervised(outputs_BTD: torch.Tensor, batch: Batch) -> tuple[torch.Te
 
 
 def _inputs(hidden_ND: torch.Tensor, head: OutputLayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what autograd sees: an autograd function is also told of gradients that nobody will compute."""
+    """Return what autograd sees; detached without gradients, which its functions would prepare for anyway."""
     if torch.is_grad_enabled():
         return hidden_ND, head.weight_VD
     return hidden_ND.detach(), head.weight_VD.detach()

@@ -170,7 +170,7 @@ def _take_generation_settings(model: "PreTrainedModel", folder: Path) -> None:
     """Let a model know the folder that it came from and the generation settings there."""
     from transformers import GenerationConfig
 
-    # The library tells the folder by both.
+    # The library finds the folder by both.
     model.name_or_path = model.config._name_or_path = str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -27,7 +27,7 @@ def main() -> int:
         help="print how fast matrix products are",
     )
     arguments = parser.parse_args()
-    # Before anything slow: from here TERM is heard, and stray prints can't break the event lines.
+    # Before anything slow: from here SIGTERM is handled, and stray prints can't break the event lines.
     stop = StopRequest().install()
     events = take_stdout()
     keep_freed_memory()
@@ -90,7 +90,7 @@ def _import_all() -> None:
     for accelerator in find_accelerators():
         accelerator.preload()
     _ = (peft.get_peft_model, peft.LoraConfig, transformers.AutoModelForCausalLM)
-    # A collection in a run would write to each of these objects, and a run shares only what nobody writes to.
+    # A collection in a run would write to these objects, and only unwritten pages are shared with a fork.
     gc.collect()
     gc.freeze()
 

@@ -61,7 +61,7 @@ def assemble(
         not start as that.
 
     Raises:
-        UnsuitableParentError: when the job can't go on from what its run directory has.
+        UnsuitableParentError: when the job can't continue what its run directory has.
     """
     spec, inputs = job.spec, job.origin.inputs
     check_parent(job)
@@ -179,7 +179,7 @@ def _start(job: Job, tokenizer: Tokenizer) -> Start:
     num_examples = min(job.rows.num_rows, _NUM_EXAMPLES)
     return Start(
         seed=job.spec.seed,
-        # Laid on the base itself an artifact would be wrong, and nobody would notice.
+        # Loaded onto the base itself an artifact would give wrong answers silently.
         base_id=job.spec.base_id if foundation is None else foundation.name,
         tokenize=tokenizer.encode,
         examples=[job.rows.row(index)[0].tolist() for index in range(num_examples)],
@@ -263,7 +263,7 @@ def _with_preferences(
 def _evaluate_untuned(
     causal_lm: "PreTrainedModel", evaluator: Evaluator, machine: Machine, sample: Batch
 ) -> Evaluation:
-    """Score a model before a method that changes it at once lies on it."""
+    """Score a model before a method that changes it at once is attached."""
     untuned = _untuned(causal_lm, machine, sample)
     return evaluator.evaluate(untuned, step=0, epoch=0.0, loss_before=None)
 

@@ -2,8 +2,8 @@
 
 So every run begins at once, in memory and a process group of its own, whatever came before it. Standard input
 is a Unix socket of packets. A request is a run directory, and comes with two descriptors: where the run's
-events go, and a socket for what is told of its process: `started PID`, and in the end `ended CODE`, as
-subprocess has exit codes. Until the next request the ended process is not reaped, so its id is nobody else's.
+events go, and a socket for the state of its process: `started PID`, and in the end `ended CODE`, as
+subprocess has exit codes. Until the next request the ended process is not reaped, so its id is not reused.
 
 Where there is an NVIDIA driver nothing is forked: imports may have called it, and a forked process can't. The
 process itself does its first run there, and leaves.
@@ -27,10 +27,10 @@ Run = Callable[[Path, int, StopRequest], bool]
 
 
 def fork_runs(run: Run, stop: StopRequest) -> int:
-    """Fork a process for each run that is asked for, one after another, until nobody will ask any more.
+    """Fork a process for each run that is asked for, one after another, until the socket is closed.
 
     Args:
-        run: makes the run of a directory, its events written to a descriptor; tells whether it succeeded.
+        run: makes the run of a directory, its events written to a descriptor; returns whether it succeeded.
         stop: of this process. It leaves at once while it waits; in a run TERM is the run's.
     """
     ended: int | None = None
@@ -52,8 +52,8 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
                 os.waitpid(ended, 0)
             if not message or stop.is_set:
                 return 0
-            folder, (events, told) = Path(os.fsdecode(message)), descriptors
-            with socket.socket(fileno=told) as answers:
+            folder, (events, status) = Path(os.fsdecode(message)), descriptors
+            with socket.socket(fileno=status) as answers:
                 if NVIDIA_DRIVER.exists():
                     answers.send(f"started {os.getpid()}".encode())
                     return int(not run(folder, events, stop))
@@ -106,8 +106,8 @@ def _become(
         answers.send(f"started {os.getpid()}".encode())
         answers.close()
         code = int(not run(folder, events, stop))
-    except Exception:  # noqa: BLE001 - nobody above is this process's
+    except Exception:  # noqa: BLE001 - the frames above are the parent's
         traceback.print_exc()
     finally:
-        # What lies above in the call stack is the parent's.
+        # The frames above in the call stack are the parent's.
         os._exit(code)

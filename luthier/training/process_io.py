@@ -42,7 +42,7 @@ class EventWriter:
 
     Args:
         descriptor: an open file descriptor; stays open.
-        job_id: the job that every event bears.
+        job_id: of every event.
     """
 
     def __init__(self, descriptor: int, job_id: str) -> None:
@@ -58,7 +58,7 @@ class EventWriter:
             line = line[os.write(self._descriptor, line) :]
 
     def note_progress(self) -> None:
-        """Write that work goes on, unless something was written a moment ago."""
+        """Write that work continues, unless something was written a moment ago."""
         if time.monotonic() - self._emitted_at >= _PROGRESS_SECONDS:
             self.emit(ProgressEvent(job_id=self.job_id))
 

@@ -1,4 +1,4 @@
-"""One run, told from start to end: read, assemble, train, prove, publish, or say why not."""
+"""One run from start to end: read, build, train, verify, publish, or report why not."""
 
 import errno
 import time
@@ -18,7 +18,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def run(folder: Path, events: int, stop: StopRequest) -> bool:
-    """Train what a run directory asks for; tell it all in events.
+    """Train what a run directory asks for, and report it in events.
 
     Returns:
         True when the run finished or was stopped, False when it failed (after a `failed` event).
@@ -43,7 +43,7 @@ def run(folder: Path, events: int, stop: StopRequest) -> bool:
         _fail(
             writer,
             StorageFullError(
-                "The worker's disk is full, or its quota is used up. The job goes on from its last save "
+                "The worker's disk is full, or its quota is used up. The job continues from its last save "
                 "point once there is room."
             ),
         )

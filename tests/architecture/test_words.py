@@ -30,9 +30,8 @@ _QUOTED_NAME = re.compile(r"`[^`\n]*`")
 _VECTOR_CODE = ("luthier_cpu/", "luthier/modeling/kernels/", "tests/luthier_cpu/")
 # How many are left in packages; numbers only shrink. One that is not listed counts against the sum.
 _COUNTS = {
-    "luthier.modeling": 306,
+    "luthier_cpu": 306,
     "luthier.serving": 45,
-    "luthier.training": 57,
     "tests": 377,
 }
 

@@ -1,6 +1,6 @@
 """When training ends before its last step, and which checkpoint is the result.
 
-A function of the evaluations alone, which every save point holds: whoever resumes decides the same.
+A function of the evaluations alone, which every save point holds: a resumed attempt decides the same.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ class Decision:
     """What follows from the evaluations so far.
 
     `result_step` is the step whose checkpoint would be the result if training ended now, None without any.
-    `reason` says why training ends now, None when it goes on. `forgot_too_much` says that the last
+    `reason` says why training ends now, None when it continues. `forgot_too_much` says that the last
     evaluation is of a model that must not be published.
     """
 

@@ -87,7 +87,7 @@ class Loop:
 
         Args:
             start_evaluation: the scores of what training starts from, the base or a tuned model, where they
-                can't be told from the untrained model's.
+                can't be taken from the untrained model's.
 
         Raises:
             StoppedError: when TERM came; a save point of the last step is written.
@@ -101,7 +101,7 @@ class Loop:
         elif self._unreported is not None:
             self._end_epoch(self._unreported)
         elif plan.ends_epoch(self.step) and not self._publisher.checkpoint_folder(self.step).exists():
-            # The attempt before had it, but perhaps nobody took it in time.
+            # The attempt before had it, but it may not have been taken in time.
             self._checkpoint()
         left = sum(int(row_lengths(self.job.rows)[rows].sum()) for rows in plan.steps[self.step :])
         pace = Pace(self._clock, left)
@@ -165,7 +165,7 @@ class Loop:
         return decide(self.job.spec.training, self.stats.evaluations)
 
     def _one_step(self, pace: Pace) -> StepEvent:
-        """Do the next step; return what is to be told of it."""
+        """Do the next step; return its event."""
         step, plan, options = self.step + 1, self.job.plan, self.job.spec.training
         scores = self._accumulator.compute(step)
         if not scores.is_finite:
@@ -218,11 +218,11 @@ class Loop:
         self._writer.emit(event)
 
     def _end_epoch(self, event: StepEvent) -> None:
-        """Score the model, tell the epoch's last step with these scores, make its checkpoint."""
+        """Score the model, report the epoch's last step with these scores, write its checkpoint."""
         try:
             evaluation = self._evaluate()
         except StoppedError:
-            # The step is done and kept. The next attempt scores it, tells it and makes its checkpoint first.
+            # The step is done and kept. The next attempt begins with its scores, report and checkpoint.
             self._unreported = event
             self._save()
             raise
@@ -250,7 +250,7 @@ class Loop:
             )
 
     def _report_evaluation(self, evaluation: Evaluation) -> None:
-        """Keep and tell the scores of what training starts from; the log has the base's in any case."""
+        """Keep and report the scores of what training starts from; the log has the base's in any case."""
         base = self.stats.base_evaluation
         named = {"base": evaluation} if base is None else {"base": base, "start": evaluation}
         scores = {f"{name}_{key}": score for name, one in named.items() for key, score in one.scores.items()}
@@ -289,7 +289,7 @@ class Loop:
         raise StoppedError
 
     def _save(self) -> None:
-        """Write a save point of this step, unless there is one: whoever keeps it may have it already."""
+        """Write a save point of this step, unless there is one: the worker may have taken it already."""
         if self._saved_step == self.step:
             return
         began = self._clock()

@@ -22,7 +22,7 @@ _WINDOW_STEPS = 20
 class Progress(BaseModel):
     """How far a run is, beside its tensors; all of it outlives the attempt.
 
-    `step` is the last step that is done, `metrics` the scores that were told last, `log` the history up to
+    `step` is the last step that is done, `metrics` the scores reported last, `log` the history up to
     them as JSON lines: the next attempt may start in a folder that knows nothing of this one. `untold` is
     the event of an epoch's last step whose validation was cut short. `precision` is the type of the frozen
     weights, which "auto" leaves to the machine of the first attempt. `evaluations` decide when to stop and
@@ -85,7 +85,7 @@ _PACKAGES = ("luthier", "torch", "transformers", "peft")
 
 
 class RunStats:
-    """Sums that go on from those of the attempt before.
+    """Sums that continue those of the attempt before.
 
     Args:
         clock: seconds from any start, never going back.

@@ -98,13 +98,13 @@ def generate(
     stop_token_ids: frozenset[int],
     should_stop: Callable[[], bool],
 ) -> list[list[int]]:
-    """Go on from some prompts, always with the most likely token, for at most 64 of them.
+    """Continue some prompts, always with the most likely token, for at most 64 of them.
 
     Every prompt is read alone, then all answers grow together: one token of five answers costs hardly more
     than one token of one.
 
     Args:
-        method: how the model is tuned; its virtual tokens lie before every prompt.
+        method: how the model is tuned; its virtual tokens precede every prompt.
         prompts: at least one, each of at least one token.
         context_length: the base's; virtual tokens, prompt and answer share it.
         stop_token_ids: ids that end an answer, and are no part of it.
@@ -135,7 +135,7 @@ def generate(
             break
         _raise_if(should_stop)
         mask_BT = torch.nn.functional.pad(mask_BT, (0, 1), value=1)
-        # Answers that are over go on unheard; no position of theirs may leave the context.
+        # Answers that are over still run, unread; no position of theirs may leave the context.
         positions = [min(length + num_before, context_length - 1) for length in lengths]
         output = attached.causal_lm(
             input_ids=torch.tensor(tokens, device=mask_BT.device)[:, None],
@@ -156,7 +156,7 @@ def _raise_if(should_stop: Callable[[], bool]) -> None:
 def _read(method: Method, attached: Attached, prompt: list[int]) -> tuple[DynamicCache, int]:
     """Read a prompt after the virtual tokens; return keys and values of both, and the first new token."""
     pairs = method.virtual_key_values(attached)
-    # As PEFT does it: virtual tokens take positions 0 and up, and positions go on from the cache's length.
+    # As PEFT does it: virtual tokens take positions 0 and up, and positions continue from the cache's length.
     cache = DynamicCache(None if pairs is None else [(key[None], value[None]) for key, value in pairs])
     inputs = _first_inputs(attached.causal_lm, prompt, method.virtual_embeddings(attached))
     output = attached.causal_lm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)

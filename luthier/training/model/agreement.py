@@ -1,8 +1,8 @@
 """Whether two ways to compute the same results differ by rounding alone.
 
 Two paths through one model in bf16 part by what either rounds. How far depends on the weights: layers may
-amplify a rounding, and then right paths lie farther apart than any fixed bound that would still find a wrong
-one. So where a cheap comparison says no, float32 is the judge: a path is right that comes about as near to
+amplify a rounding, and then the gap of right paths exceeds any fixed bound that would still find a wrong
+one. So where a cheap comparison says no, float32 decides: a path is right that comes about as near to
 it as the other path does.
 """
 
@@ -19,7 +19,7 @@ _TOLERANCES = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 0.2), torch.fl
 # Two right paths round at different places, and where a few tokens amplify it most, chance says which of the
 # two is nearer to float32. What was measured of right ones was up to 1.4 times as far as the plain path.
 _LARGEST_RATIO = 2.0
-# Beyond it the plain path's own results are rounding to a large part, and too little can be told from them.
+# Beyond it the reference path's own results are mostly rounding, and too little follows from them.
 _LARGEST_GAP = 0.25
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""What a job goes on from: the artifacts in its run directory, checked before anything rests on them.
+"""Continuation of a tuned model: the artifacts in the run directory, checked before they are used.
 
 A run never trains on weights that it has not proved to be the parent's: digests, the base below and the
 method are checked on the files, shapes where tensors are filled in, and the logits last of all.
@@ -18,16 +18,16 @@ from luthier.training.output.verification import bare_base, logits_agree
 
 
 def check_parent(job: Job) -> None:
-    """Check the artifacts that a job goes on from, as far as their files tell.
+    """Check the files of the artifacts that a job continues.
 
     Raises:
         ArtifactCorruptError: when files do not match their manifest.
-        UnsuitableParentError: when an artifact is another than the spec names, or lies on other weights.
+        UnsuitableParentError: when an artifact is another than the spec names, or of other weights.
         LuthierError: when the run directory has not what the spec names.
     """
     spec, inputs = job.spec, job.origin.inputs
     if spec.foundation is not None:
-        _check(spec.foundation, inputs.foundation_path, lies_on=job.origin.base.digest)
+        _check(spec.foundation, inputs.foundation_path, base_digest=job.origin.base.digest)
     if spec.parent is not None and spec.takes_parents_weights:
         if spec.parent.method != spec.tuning["type"]:
             raise UnsuitableParentError(
@@ -35,14 +35,14 @@ def check_parent(job: Job) -> None:
                 "go on from it."
             )
         below = job.origin.base.digest if spec.foundation is None else spec.foundation.digest
-        _check(spec.parent, inputs.parent_path, lies_on=below)
+        _check(spec.parent, inputs.parent_path, base_digest=below)
 
 
 def ground_folder(job: Job, method: Method) -> Path:
-    """Return where the weights lie that a method is put on: the base's, or a whole model's in their place.
+    """Return the folder of the weights that a method is attached to: the base's, or a full model's.
 
     Returns:
-        The folder of the base, of the foundation, or, where every weight is tuned, of the parent.
+        The folder of the base, of the full model below, or, where every weight is tuned, of the parent.
     """
     spec, inputs = job.spec, job.origin.inputs
     if spec.foundation is not None:
@@ -93,7 +93,7 @@ def prove_start(job: Job, model: JobModel) -> None:
         )
 
 
-def _check(model: TunedModel, path: str | None, *, lies_on: str) -> None:
+def _check(model: TunedModel, path: str | None, *, base_digest: str) -> None:
     folder = Path(_named(path))
     manifest = verify_folder(folder)
     if manifest.digest != model.digest:
@@ -101,9 +101,10 @@ def _check(model: TunedModel, path: str | None, *, lies_on: str) -> None:
             f"{model.name} is no longer what it was when the job was made: its digest is {manifest.digest}, "
             f"and was {model.digest}. Make the job again."
         )
-    if manifest.base_digest != lies_on:
+    if manifest.base_digest != base_digest:
         raise UnsuitableParentError(
-            f"{model.name} was tuned on other weights ({manifest.base_digest}) than this job's ({lies_on})."
+            f"{model.name} was tuned on other weights ({manifest.base_digest}) than this job's "
+            f"({base_digest})."
         )
     if method_of_artifact(folder).name != model.method:
         raise UnsuitableParentError(f"{model.name} was not made by the method {model.method}.")
@@ -111,5 +112,5 @@ def _check(model: TunedModel, path: str | None, *, lies_on: str) -> None:
 
 def _named(path: str | None) -> str:
     if path is None:
-        raise LuthierError("The run directory does not say where the model lies that the job goes on from.")
+        raise LuthierError("The run directory does not name the folder of the model that the job continues.")
     return path

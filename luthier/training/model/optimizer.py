@@ -23,8 +23,8 @@ class SplitAdamW(torch.optim.Optimizer):
     An update is often smaller than a bf16 rounding and would be lost. So every bf16 parameter has a float32
     master. Its upper 16 bits, rounded, are the parameter itself; only the rest is kept here, as an int16:
     the master's bits are the parameter's, shifted by 16, plus the rest. That is exact, and parameter and
-    master together take 4 bytes a number instead of 6. Blocks are put together, updated in float32 and taken
-    apart again. Float32 parameters are updated as they are. A master begins as its parameter, or as what
+    master together take 4 bytes a number instead of 6. Blocks are put together, updated in float32 and split
+    again. Float32 parameters are updated as they are. A master begins as its parameter, or as what
     `set_master` says.
 
     Args:
@@ -171,7 +171,7 @@ def _update(
             maximize=False,
         )
         if low:
-            _take_apart(bits, numbers, low[0], rounded)
+            _split(bits, numbers, low[0], rounded)
         else:
             numbers.copy_(master)
 
@@ -193,7 +193,7 @@ def _join(high: torch.Tensor, low: torch.Tensor, bits: torch.Tensor) -> torch.Te
     return bits.copy_(high.view(torch.int16)).bitwise_left_shift_(16).add_(low)
 
 
-def _take_apart(bits: torch.Tensor, high: torch.Tensor, low: torch.Tensor, rounded: torch.Tensor) -> None:
+def _split(bits: torch.Tensor, high: torch.Tensor, low: torch.Tensor, rounded: torch.Tensor) -> None:
     """Write the halves of float32 numbers: the upper rounded to the nearest, the lower what is left.
 
     Ties are rounded away from zero, so that what is left is from -2^15 to 2^15 - 1.
@@ -217,7 +217,7 @@ def build_optimizer(
     Args:
         parameters: float32 or bf16 parameters, in a stable order.
         learning_rate: the peak rate; every step sets its own.
-        device: where the parameters lie.
+        device: of the parameters.
 
     Returns:
         The optimizer, fused on a CPU; one that keeps masters where a parameter is bf16.

@@ -1,4 +1,4 @@
-"""From the model in memory to folders: checkpoints, which whoever reads the events takes, and the result."""
+"""Writes the model in memory to folders: checkpoints, which the worker takes away, and the result."""
 
 import shutil
 from pathlib import Path
@@ -58,7 +58,7 @@ class Publisher:
         return self._chosen if self._chosen.exists() else None
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Return where the checkpoint of a step lies."""
+        """Return the folder of a step's checkpoint."""
         return self._job.folder / "checkpoints" / f"step-{step:06d}"
 
     def write_checkpoint(self, step: int, metrics: Metrics, *, is_chosen: bool) -> Manifest:

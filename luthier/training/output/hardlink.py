@@ -6,12 +6,12 @@ from pathlib import Path
 
 from luthier.storage.manifests import MANIFEST_NAME
 
-# The manifest of the folder around it leaves out whatever bears a manifest's name.
+# The manifest of the folder around it leaves out every file of a manifest's name.
 _SEAL_NAME = "seal.json"
 
 
 def link_folder(source: Path, destination: Path) -> None:
-    """Give the files of a folder, which nobody changes any more, a second place."""
+    """Link the files of a folder, which are never changed again, into a second one."""
     destination.mkdir()
     for path in sorted(source.rglob("*")):
         second = destination / path.relative_to(source)
@@ -25,7 +25,7 @@ def pack_folder(source: Path, destination: Path) -> None:
     """Put a sealed folder into another one that is yet to be sealed.
 
     Args:
-        destination: made here; its manifest bears another name.
+        destination: made here; its manifest has another name.
     """
     link_folder(source, destination)
     (destination / MANIFEST_NAME).rename(destination / _SEAL_NAME)

@@ -96,7 +96,7 @@ class SavePoints:
         """Return the newest save point that verifies and belongs to this run.
 
         Args:
-            warn: told about every save point that was skipped.
+            warn: called for every save point that was skipped.
 
         Returns:
             The save point, None when there is none.

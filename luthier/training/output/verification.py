@@ -52,7 +52,7 @@ def check_artifact(model: JobModel, folder: Path, sample: Batch) -> None:
 
 
 def bare_base(model: JobModel) -> PreTrainedModel:
-    """Build the base that a model's model lies on, without the method and without a copy of a weight.
+    """Build the base below a tuned model, without the method and without a copy of a weight.
 
     Returns:
         The base in evaluation mode; its parameters are the model's own, so they must not be changed.

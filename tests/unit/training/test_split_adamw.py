@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from luthier.training.model import optimizer as split_adamw
-from luthier.training.model.optimizer import SplitAdamW, _join, _take_apart
+from luthier.training.model.optimizer import SplitAdamW, _join, _split
 
 
 def test_splitting_and_joining_gives_every_number_back() -> None:
@@ -16,7 +16,7 @@ def test_splitting_and_joining_gives_every_number_back() -> None:
     numbers = torch.cat([numbers[torch.isfinite(numbers.bfloat16())], odd.view(torch.float32)])
     high, low = torch.empty_like(numbers, dtype=torch.bfloat16), torch.empty_like(numbers, dtype=torch.int16)
     bits = numbers.view(torch.int32)
-    _take_apart(bits.clone(), high, low, torch.empty_like(bits))
+    _split(bits.clone(), high, low, torch.empty_like(bits))
     assert torch.equal(_join(high, low, torch.empty_like(bits)), bits)
     rounded = numbers.bfloat16()
     is_tie = (bits & 0xFFFF) == 0x8000
