@@ -1,9 +1,13 @@
-"""Drop-in folders: each file of one holds an object of an agreed name, and a new file is the whole change."""
+"""Plugins: files of drop-in folders, and entry points of installed packages."""
 
 import importlib
+import logging
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from importlib.metadata import entry_points
 from typing import Any
+
+_LOG = logging.getLogger(__name__)
 
 
 def discover_plugins(package: str, folders: Iterable[str], attribute: str) -> dict[str, Any]:
@@ -20,3 +24,20 @@ def discover_plugins(package: str, folders: Iterable[str], attribute: str) -> di
         one = getattr(importlib.import_module(f"{package}.{module.name}"), attribute)
         found[one.name] = one
     return dict(sorted(found.items()))
+
+
+def load_entry_points(group: str) -> Iterator[tuple[str, Any]]:
+    """Yield names and objects of a group's entry points, those of other packages before Luthier's own.
+
+    One that can't be imported is logged and skipped.
+    """
+    found = entry_points(group=group)
+    for entry in sorted(
+        found, key=lambda entry: (getattr(entry.dist, "name", None) == "luthier", entry.name)
+    ):
+        try:
+            loaded = entry.load()
+        except (ImportError, AttributeError) as error:
+            _LOG.error("The plugin %s of %s can't be imported and is not used: %s", entry.name, group, error)
+            continue
+        yield entry.name, loaded

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from luthier.core.plugins import load_entry_points
 from luthier.inference.runners.paged import PagedProvider
 from luthier.inference.runners.reference import ReferenceProvider
 from luthier.modeling.protocols import (
@@ -29,8 +29,8 @@ _TOLERANCE, _ROUNDED_TOLERANCE = 1e-3, 0.1
 
 def find_providers() -> Iterator[tuple[str, RunnerProvider]]:
     """Yield the providers in order of preference, with their names; `reference`, which takes all, is last."""
-    for entry in entry_points(group=_GROUP):
-        yield entry.name, entry.load()()
+    for name, provider in load_entry_points(_GROUP):
+        yield name, provider()
     yield "paged", PagedProvider()
     yield "reference", ReferenceProvider()
 

@@ -6,7 +6,6 @@ Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +13,7 @@ import torch
 
 from luthier.core.cost_model import MethodCost
 from luthier.core.errors import SelfCheckError
+from luthier.core.plugins import load_entry_points
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, MethodParams, Start, Workload
@@ -32,8 +32,7 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 @cache
 def find_accelerators() -> tuple[TrainingAccelerator, ...]:
     """Return the installed accelerators, in the order of their entry points' names."""
-    found = sorted(entry_points(group=_ENTRY_POINTS), key=lambda entry: entry.name)
-    return tuple(entry.load()() for entry in found)
+    return tuple(accelerator() for _, accelerator in load_entry_points(_ENTRY_POINTS))
 
 
 class ReferenceModel:

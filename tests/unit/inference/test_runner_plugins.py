@@ -103,3 +103,14 @@ def test_a_runner_of_another_package_answers_with_no_other_file_touched(tmp_path
 def test_reference_is_asked_last(tmp_path: Path) -> None:
     names = [name for name, _ in registry.find_providers()]
     assert names[0] == "table" and names[-1] == "reference"
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_runner_that_cannot_be_imported_is_logged_and_the_others_serve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "packages" / "table_answers.py").write_text("import a_package_that_is_not_installed\n")
+    names = [name for name, _ in registry.find_providers()]
+    assert "table" not in names and names[-1] == "reference"
+    [record] = [record for record in caplog.records if "table" in record.getMessage()]
+    assert "a_package_that_is_not_installed" in record.getMessage()
