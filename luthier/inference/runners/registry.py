@@ -60,7 +60,7 @@ def choose_runner(
         gap = float((_logits(runner, text) - expected_V).norm() / expected_V.norm())
         # A model whose own logits are not finite is refused when it is verified.
         if gap <= (_TOLERANCE if is_exact else _ROUNDED_TOLERANCE) or not bool(expected_V.isfinite().all()):
-            _LOG.info("The runner %s serves %s.", name, folder.name)
+            _LOG.info("The runner %s serves %s in %s.", name, folder.name, runner.limits.dtype)
             return runner
         _LOG.error(
             "The runner %s does not agree with transformers on %s (logits %.2g apart) and does not serve it.",
