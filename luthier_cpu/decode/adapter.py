@@ -15,7 +15,6 @@ from torch.nn import functional
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods import BottleneckPart, LowRankPart, ServedParts
-from luthier_cpu.codegen.page_memory import take_large
 from luthier_cpu.decode.batch_layout import (
     ACTIVATIONS,
     NUM_SITES,
@@ -176,10 +175,7 @@ def _lay_together(
     """
     num_bytes = sum(one.num_bytes for one in low_ranks.values())
     num_bytes += sum(_aligned(one.nbytes) for site in bottlenecks.values() for one in site.tensors.values())
-    on_cpu = base.device.type == "cpu"
-    room = _Room(
-        take_large(num_bytes) if on_cpu else torch.empty(num_bytes, dtype=torch.uint8, device=base.device)
-    )
+    room = _Room(torch.empty(num_bytes, dtype=torch.uint8, device=base.device))
     laid: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
     halves: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
     for layer in range(base.num_layers):

@@ -39,7 +39,7 @@ from luthier.inference.models.weight_type import name_of
 from luthier.inference.runners.reference import ReferenceProvider
 from luthier.inference.runners.registry import choose_runner
 from luthier.inference.verification.adapter_check import verify_adapter, verify_full
-from luthier.inference.verification.checks import check_base, check_finite_weights, read_canary
+from luthier.inference.verification.checks import check_base, check_finite, check_finite_weights, read_canary
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import (
     AdapterInfo,
@@ -125,25 +125,19 @@ async def load(
     ground = base.facts.digest if served.full_model is None else served.full_model.digest
     verified = await asyncio.to_thread(copy.verified_with, ground)
     if verified is None:
-        # Once for both.
-        await _check(served)
-        is_exact, found = await asyncio.gather(
-            _verify_exactly(engine, served, kind, budget, spare),
-            _load(engine, served, kind, budget, opening),
-            return_exceptions=True,
-        )
-        if isinstance(is_exact, BaseException):
-            if not isinstance(found, BaseException):
-                remove(engine, found)
-            raise is_exact
-        if not isinstance(found, BaseException):
+        # In turn: packing takes processors from a step that runs beside it, and both take far longer.
+        is_exact = await _verify_exactly(engine, served, kind, budget, spare)
+        try:
+            ready = await _load(engine, served, kind, budget, opening)
+        except SelfCheckError as error:
+            if not is_exact:
+                raise
+            _LOG.warning("The model %s fails its check in bfloat16 alone: %s", copy.digest, error.message)
+            await asyncio.to_thread(copy.note_verified, ground, name_of(torch.float32))
+        else:
             if is_exact:
                 await asyncio.to_thread(copy.note_verified, ground, name_of(base.dtype))
-            return found
-        if not (is_exact and isinstance(found, SelfCheckError)):
-            raise found
-        _LOG.warning("The model %s fails its check in bfloat16 alone: %s", copy.digest, found.message)
-        await asyncio.to_thread(copy.note_verified, ground, name_of(torch.float32))
+            return ready
     elif verified == name_of(base.dtype):
         return await _load(engine, served, kind, budget, opening)
     exact = await _open_exact(base, opening)
@@ -270,9 +264,12 @@ def _read_adapter(
         UnsupportedAdapterError: when the runner does not support it.
     """
     manifest = check_base(copy.folder, base_digest)
-    check_finite_weights(copy.folder, manifest.digested)
     try:
         parts = method_of_artifact(copy.folder).read_parts(copy.folder, shape)
+        if parts is None:
+            check_finite_weights(copy.folder, manifest.digested)
+        else:
+            check_finite(parts.tensors)
         source = executor.runner.prepare_adapter(AdapterSource(copy.folder, parts))
     except _MISFIT as error:
         raise ArtifactCorruptError(_DOES_NOT_FIT) from error
