@@ -17,7 +17,7 @@ from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
 from luthier.inference.engine.sequence import Failure, Piece, SamplingOptions, Sequence, SequenceEvent
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runners.registry import choose_runner
-from luthier.inference.verification.adapter_check import Text, probe
+from luthier.inference.verification.checks import Text, probe
 from luthier.methods import method_of_artifact
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, Budget

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from luthier.core.cost_model import MethodCost
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
@@ -23,6 +22,8 @@ from luthier.core.specs import BaseFacts
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from luthier.core.cost_model import MethodCost
 
 
 class MethodParams(BaseModel):
@@ -209,7 +210,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def cost(self, params: Any, shape: BaseShape) -> MethodCost:
+    def cost(self, params: Any, shape: BaseShape) -> "MethodCost":
         """Return what training takes beside the base, by formula, without torch and without the base.
 
         `num_parameters` are what `attach` trains.

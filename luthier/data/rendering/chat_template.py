@@ -1,4 +1,4 @@
-"""The renderer of messages: the base's own chat template in jinja2's sandbox. Never a tokenizer here.
+"""The renderer of messages: the base's own chat template in jinja2's sandbox. Nothing is tokenised here.
 
 It is the only one: the API, prepare, the training process and the engine all use it. A template is a foreign
 program: it can reach no attribute outside the sandbox, and its output is limited in size and time.
@@ -19,7 +19,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from luthier.core.errors import BaseUnavailableError, InvalidValueError
-from luthier.data.rendering.special_tokens import SpecialTokens
+from luthier.data.rendering.tokenizer import SpecialTokens, read_json
 
 MAX_RENDERED_CHARS = 32 * 1024 * 1024
 MAX_RENDER_SECONDS = 20.0
@@ -136,11 +136,6 @@ _PROBES: tuple[list[dict[str, str]], ...] = (
 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
-
-
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     tokens: dict[str, str] = {}
     for key, value in config.items():
@@ -191,7 +186,7 @@ class ChatTemplate:
         Raises:
             BaseUnavailableError: when the base has no template, or one that can't be compiled.
         """
-        config = _read_json(base_folder / "tokenizer_config.json")
+        config = read_json(base_folder / "tokenizer_config.json")
         source = _template_source(base_folder, config)
         if source is None:
             raise BaseUnavailableError(
@@ -261,7 +256,7 @@ class ChatTemplate:
 
         Returns:
             The text with the template's special tokens. Those that a message or a tool spells are split
-            (luthier.data.rendering.special_tokens), so that Tokenizer.encode takes them for text.
+            (luthier.data.rendering.tokenizer), so that Tokenizer.encode takes them for text.
 
         Raises:
             InvalidValueError: when the template refuses the messages or writes too much (param `messages`).

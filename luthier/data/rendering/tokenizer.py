@@ -1,6 +1,9 @@
 """The tokenizer: text to tokens and back, exact to the byte, over the `tokenizers` library. Never torch.
 
-It is the only one: the API, prepare, the training process and the engine all use it.
+It is the only one: the API, prepare, the training process and the engine all use it. A special token that a
+message spells is text: `<|im_end|>` within a message's content ends no turn. The renderer puts SPLIT after
+its first character, the tokenizer encodes what is before and behind it separately, and SPLIT itself becomes
+no token.
 """
 
 import codecs
@@ -11,15 +14,82 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
 from luthier.core.errors import BaseUnavailableError
-from luthier.data.rendering.special_tokens import SpecialTokens
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "\u2581"
+
+
+# A noncharacter, which Unicode keeps for uses within a program (The Unicode Standard, section 23.7).
+SPLIT = "\ufdd0"
+
+
+class _Added(msgspec.Struct):
+    content: str
+    special: bool = False
+
+
+class _TokenizerFile(msgspec.Struct):
+    added_tokens: list[_Added] = []
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, by their spelling. One of a single character is left out."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        self._texts = sorted({text for text in texts if len(text) > 1}, key=lambda text: (-len(text), text))
+        self._first_chars = {text[0] for text in self._texts}
+
+    @classmethod
+    def load(cls, base_folder: Path) -> "SpecialTokens":
+        """Read those of a base's tokenizer.json; none where the file is missing or broken."""
+        path = base_folder / "tokenizer.json"
+        try:
+            content = msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            # Tokenizer.load reports the error.
+            return cls()
+        return cls(token.content for token in content.added_tokens if token.special)
+
+    def as_text(self, value: Any) -> Any:
+        """Return a JSON value in whose texts, names included, every special token is split."""
+        if isinstance(value, str):
+            if not any(char in value for char in self._first_chars):
+                return value
+            return self._spelled.sub(lambda found: found[0][0] + SPLIT + found[0][1:], value)
+        if isinstance(value, list | tuple):
+            return [self.as_text(item) for item in value]
+        if isinstance(value, dict):
+            return {self.as_text(name): self.as_text(item) for name, item in value.items()}
+        return value
+
+    def split(self, text: str) -> list[str]:
+        """Return the pieces of a rendered text that are encoded separately."""
+        if SPLIT not in text or not self._texts:
+            return [text]
+        pieces, start = [], 0
+        for found in self._split_spelled.finditer(text):
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 2
+        return [*pieces, text[start:]]
+
+    @functools.cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(text) for text in self._texts))
+
+    @functools.cached_property
+    def _split_spelled(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(text[0] + SPLIT + text[1:]) for text in self._texts))
+
+
+def without_splits(text: str) -> str:
+    """Return a rendered text without the splits."""
+    return text.replace(SPLIT, "")
 
 
 class Encoding(NamedTuple):
@@ -51,7 +121,7 @@ def _decoder_steps(decoder: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [decoder]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content if isinstance(content, dict) else {}
 
@@ -159,15 +229,15 @@ class Tokenizer:
             raise BaseUnavailableError(
                 f"The tokenizer.json of {base_folder.name} can't be read: {str(error)[:160]}"
             ) from error
-        config = _read_json(base_folder / "config.json")
+        config = read_json(base_folder / "config.json")
         text_config = config.get("text_config") or {}
-        generation = _read_json(base_folder / "generation_config.json")
+        generation = read_json(base_folder / "generation_config.json")
         stops = {
             token_id
             for source in (config, text_config, generation)
             for token_id in _as_ids(source.get("eos_token_id"))
         }
-        names = _read_json(base_folder / "tokenizer_config.json")
+        names = read_json(base_folder / "tokenizer_config.json")
         eos_id = _find_id(inner, names.get("eos_token"))
         return cls(inner, stops if eos_id is None else stops | {eos_id}, _find_raw_prefix(inner, names))
 
@@ -175,7 +245,7 @@ class Tokenizer:
         """Return the token ids of a rendered text.
 
         Special tokens spelled out in the text are recognised, except those that a message spelled
-        (luthier.data.rendering.special_tokens); none is added.
+        (see SpecialTokens); none is added.
         """
         pieces = self._special.split(text)
         return [i for piece in pieces for i in self._inner.encode(piece, add_special_tokens=False).ids]

@@ -17,8 +17,7 @@ from luthier.data.readers.base import RawRow
 from luthier.data.readers.file_rows import FileRows, locate, read_row
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.loss_mask import NOTHING_SUPERVISED, MaskedText, Refusal, mask_rows
-from luthier.data.rendering.special_tokens import SPLIT, without_splits
-from luthier.data.rendering.tokenizer import Tokenizer
+from luthier.data.rendering.tokenizer import SPLIT, Tokenizer, without_splits
 from luthier.data.reports.dedup import ExactIndex, NearIndex
 from luthier.data.reports.file_report import (
     DataReport,

@@ -8,8 +8,6 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from luthier.modeling.protocols import ModelRunner
-
 # A block's content: the number of the content before it (or the model), and its own tokens.
 _Content = tuple[Hashable, tuple[int, ...]]
 
@@ -24,11 +22,7 @@ class BlockTable:
 
 
 class BlockPool:
-    """Allocates blocks by number.
-
-    Args:
-        block_size: tokens of each.
-    """
+    """Allocates blocks of `block_size` tokens by number."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
@@ -66,14 +60,7 @@ class BlockPool:
         return max(0, self._max_warm - self.num_warm)
 
     def limit_warm(self, max_warm: int) -> list[int]:
-        """Limit the number of blocks with memory.
-
-        Args:
-            max_warm: blocks; those in use keep theirs.
-
-        Returns:
-            The blocks whose memory is to be discarded.
-        """
+        """Limit the blocks with memory, and return those to discard; blocks in use keep theirs."""
         self._max_warm = min(max_warm, self.num_blocks)
         cooled: list[int] = []
         while self.num_warm > self._max_warm and self.num_unused:
@@ -89,9 +76,6 @@ class BlockPool:
             model: what decides keys and values beside the tokens.
             tokens: the sequence; its last token is left to be run.
             owner: blocks are shared only between sequences of the same owner.
-
-        Returns:
-            Its block table; all of its blocks are full.
         """
         table = BlockTable((model, owner))
         for end in range(self._block_size, len(tokens), self._block_size):
@@ -178,34 +162,3 @@ class BlockPool:
     def _uncache(self, block: int) -> None:
         del self._by_content[self._content_of.pop(block)]
         del self._number_of[block]
-
-
-class BlockMemory:
-    """Blocks that were never used have no memory yet, unless the runner allocates all at once."""
-
-    def __init__(self, runner: ModelRunner, pool: BlockPool) -> None:
-        self._runner, self._pool, self._limits = runner, pool, runner.limits
-        # Without these an answer of any length might fail.
-        self._num_least = min(pool.num_blocks, -(-self._limits.context_length // self._limits.block_size) + 1)
-
-    @property
-    def growing_bytes(self) -> int:
-        """Memory of blocks that have none yet and may take some."""
-        return 0 if self._limits.allocates_at_once else self._pool.num_growing * self._limits.block_bytes
-
-    @property
-    def spare_bytes(self) -> int:
-        """Memory of unused blocks, and of growth, beyond what one answer of full length needs."""
-        if self._limits.allocates_at_once:
-            return 0
-        num_used = self._pool.num_warm - self._pool.num_unused
-        num_spare = min(self._pool.num_free, self._pool.num_free + num_used - self._num_least)
-        return max(0, num_spare) * self._limits.block_bytes
-
-    def limit(self, num_bytes: int) -> None:
-        """Limit the memory of unused blocks, beside what one answer of full length needs."""
-        if self._limits.allocates_at_once:
-            return
-        num_used = self._pool.num_warm - self._pool.num_unused
-        num_blocks = max(num_used, self._num_least) + num_bytes // self._limits.block_bytes
-        self._runner.discard_blocks(self._pool.limit_warm(num_blocks))

@@ -1,36 +1,45 @@
 """The engine: one thread that schedules, executes, samples and delivers for every runner.
 
 Each runner's sequences run in batches of its executor (step.py); the engine alternates between executors.
-Other threads talk to it by a queue, which it sleeps in while it is idle.
+Other threads talk to it by a queue, which it sleeps in while it is idle; it answers event loops by a bridge
+that wakes each once a step. A governor lowers its number of threads on a crowded machine.
 """
 
+import asyncio
 import logging
 import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
 from luthier.core.errors import LuthierError, UnavailableError
 from luthier.inference.engine.error_reporting import log_fault, to_client_error
-from luthier.inference.engine.event_bridge import EventBridge
-from luthier.inference.engine.fair_queue import WaitingShares
-from luthier.inference.engine.metrics import StepMetrics
+from luthier.inference.engine.scheduler import WaitingShares
 from luthier.inference.engine.sequence import Sequence
-from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.engine.thread_governor import ThreadGovernor
+from luthier.inference.engine.step import BatchExecutor, StepMetrics
 
 _LOG = logging.getLogger(__name__)
 
 # How long an idle engine waits for requests that came with the first one and are about to be submitted: a
 # step of that one alone would take longer than its share of a step of them all.
 _GATHER_SECONDS, _QUIET_SECONDS, _POLL_SECONDS = 0.006, 0.0005, 0.0001
+_TASKS = Path("/proc/self/task")
+_NANOSECONDS = 1e-9
+# Steps are judged together for so long, in seconds: some turns of a scheduler.
+_WINDOW_SECONDS = 0.2
+# Shares of its time that a thread has waited: above the first fewer threads do more, below the second there
+# is room for more of them.
+_CROWDED, _ROOMY = 0.35, 0.15
+# Fewer threads stay for so long, in seconds; longer each time that more of them failed at once.
+_SHORTEST_STAY, _LONGEST_STAY = 1.0, 16.0
 
 ResultT = TypeVar("ResultT")
 
@@ -102,6 +111,10 @@ class Engine:
         """Whether the thread runs and takes requests."""
         return self._thread.is_alive() and not self._is_closed
 
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise UnavailableError("The model server is shutting down; try again.")
+
     @property
     def is_stalled(self) -> bool:
         """Whether a step, or work between two steps, has not ended for too long."""
@@ -127,11 +140,7 @@ class Engine:
 
     @contextmanager
     def expecting(self) -> Iterator[None]:
-        """Let it be known, on the event loop's thread, that a request will be submitted within a moment.
-
-        Yields:
-            Nothing; the request is submitted inside.
-        """
+        """Announce, on the event loop's thread, a request that will be submitted inside."""
         self._num_expected += 1
         try:
             yield
@@ -143,22 +152,16 @@ class Engine:
 
         Raises:
             TooManyRequestsError: when too many wait already.
-            UnavailableError: when the engine is closed.
+            UnavailableError: when the engine is closed; so does `call`.
         """
-        if not self.is_alive:
-            raise UnavailableError("The model server is shutting down; try again.")
+        self._check_alive()
         self._waiting_shares.take(sequences, self.num_waiting)
         for sequence in sequences:
             self._inbox.put(sequence)
 
     def call(self, work: Callable[[], ResultT]) -> Future[ResultT]:
-        """Run work on the engine's thread between two steps, after all that was submitted before.
-
-        Raises:
-            UnavailableError: when the engine is closed.
-        """
-        if not self.is_alive:
-            raise UnavailableError("The model server is shutting down; try again.")
+        """Run work on the engine's thread between two steps, after all that was submitted before."""
+        self._check_alive()
         call = _Call(work)
         self._inbox.put(call)
         return call.future
@@ -190,12 +193,6 @@ class Engine:
             if self._num_governed_threads is not None:
                 executor.runner.set_num_threads(self._num_governed_threads)
             self._executors.append(executor)
-
-    def drain(self) -> list[Sequence]:
-        """Remove all sequences and return them."""
-        sequences = [one for executor in self._executors for one in executor.scheduler.drain()]
-        self._executors.clear()
-        return sequences
 
     def step(self) -> bool:
         """Run a batch of every executor that has work; return whether there was one."""
@@ -251,8 +248,10 @@ class Engine:
 
     def _fail_all(self) -> None:
         error = UnavailableError("The model server was stopped; try again.")
-        for sequence in self.drain():
-            sequence.fail(error)
+        for executor in self._executors:
+            for sequence in executor.scheduler.drain():
+                sequence.fail(error)
+        self._executors.clear()
         while not self._inbox.empty():
             item = self._inbox.get()
             if isinstance(item, Sequence):
@@ -285,3 +284,105 @@ class Engine:
             elif item is not None:
                 self.events.flush()
                 item.run()
+
+
+_Delivery = tuple[Callable[[Any], None], Any]
+
+
+class EventBridge:
+    """Buffers events until a flush, which wakes each loop once for all of its events. For one thread.
+
+    A loop that is awake takes the interpreter's lock, so the engine flushes when it is about to compute
+    without it, or to wait.
+    """
+
+    def __init__(self) -> None:
+        self._buffered: dict[asyncio.AbstractEventLoop, list[_Delivery]] = {}
+
+    def add(self, loop: asyncio.AbstractEventLoop, deliver: Callable[[Any], None], event: Any) -> None:
+        """Buffer an event; the loop will call `deliver` with it, which may not raise."""
+        self._buffered.setdefault(loop, []).append((deliver, event))
+
+    def flush(self) -> None:
+        """Hand each loop its buffered events."""
+        while self._buffered:
+            loop, deliveries = self._buffered.popitem()
+            # A closed loop has no request that waits for an event.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(_deliver, deliveries)
+
+
+def _deliver(deliveries: list[_Delivery]) -> None:
+    for deliver, event in deliveries:
+        deliver(event)
+
+
+class Waited(NamedTuple):
+    """Seconds that a thread has run, and waited for a processor."""
+
+    ran: float
+    waited: float
+
+
+def read_waits() -> dict[str, Waited]:
+    """Return the seconds that each thread ran and waited; empty where there is no account."""
+    found: dict[str, Waited] = {}
+    for account in _TASKS.glob("*/schedstat"):
+        # A thread may have ended, or the system keeps no such account.
+        with suppress(OSError, ValueError):
+            ran, waited, _ = account.read_text().split()
+            found[account.parent.name] = Waited(int(ran) * _NANOSECONDS, int(waited) * _NANOSECONDS)
+    return found
+
+
+class ThreadGovernor:
+    """Lowers the number of threads of a step while other processes use the same processors.
+
+    The threads of a step meet many times in it. As long as each has a processor of its own that costs
+    nothing; where one of them has to wait for its turn, all others wait with it, at every meeting, and a step
+    takes a hundred times as long. Fewer threads lose less. Linux counts how long a thread waited for a
+    processor (Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat).
+    """
+
+    def __init__(
+        self,
+        num_threads: int,
+        read: Callable[[], Mapping[str, Waited]] = read_waits,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._most, self.num_threads = num_threads, num_threads
+        self._read, self._now = read, now
+        self._busy_seconds = 0.0
+        self._before = read() if num_threads > 1 else {}
+        self._stay = _SHORTEST_STAY
+        self._changed_at = -_LONGEST_STAY
+
+    def note(self, seconds: float) -> None:
+        """Take account of a step; `num_threads` is for the next one."""
+        if self._most == 1:
+            return
+        self._busy_seconds += seconds
+        if self._busy_seconds < _WINDOW_SECONDS:
+            return
+        after = self._read()
+        share = _waiting_share(self._before, after, self._busy_seconds)
+        self._before, self._busy_seconds = after, 0.0
+        now = self._now()
+        since = now - self._changed_at
+        if share > _CROWDED and self.num_threads > 1:
+            # More threads that failed at once are tried again later.
+            self._stay = min(2 * self._stay, _LONGEST_STAY) if since < self._stay else _SHORTEST_STAY
+            self.num_threads, self._changed_at = self.num_threads // 2, now
+        elif share < _ROOMY and self.num_threads < self._most and since >= self._stay:
+            self.num_threads, self._changed_at = min(2 * self.num_threads, self._most), now
+
+
+def _waiting_share(before: Mapping[str, Waited], after: Mapping[str, Waited], busy_seconds: float) -> float:
+    """Return the largest share that a thread waited of those that were at work for most of the time."""
+    share = 0.0
+    for name, now in after.items():
+        then = before.get(name, now)
+        ran, waited = now.ran - then.ran, now.waited - then.waited
+        if ran + waited > busy_seconds / 2:
+            share = max(share, waited / (ran + waited))
+    return share

@@ -104,7 +104,10 @@ def _choose_row(
     try:
         logits_V = logits.rows([place])[0]
         token_id = _choose_token(logits_V, sequence, best.token_id, point)
-        return _with_logprobs(token_id, logits_V, sequence.options.num_logprobs)
+        num_logprobs = sequence.options.num_logprobs
+        if num_logprobs is None:
+            return Choice(token_id)
+        return _with_logprobs([token_id], logits_V[None], num_logprobs)[0]
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
         sequence.fail(to_client_error(_LOG, "A choice, whose answer ends with an error,", error))
     return best
@@ -204,17 +207,7 @@ def _nucleus(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.
     return probs_K[:num_kept], ids_K[order_K[:num_kept]]
 
 
-def _with_logprobs(token_id: int, logits_V: torch.Tensor, num_logprobs: int | None) -> Choice:
-    if num_logprobs is None:
-        return Choice(token_id)
-    logprobs_V = torch.log_softmax(logits_V, dim=-1).clamp_min(MIN_LOGPROB)
-    top: tuple[tuple[int, float], ...] = ()
-    if num_logprobs > 0:
-        values, ids = logprobs_V.topk(min(num_logprobs, logprobs_V.shape[-1]))
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Choice(token_id, float(logprobs_V[token_id]), top)
-
-
+@torch.inference_mode()
 def score_chunk(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:
     """Give a sequence the log-probabilities of the prompt's tokens that follow those of a chunk.
 
@@ -226,31 +219,26 @@ def score_chunk(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None
     if sequence.is_done:
         return
     try:
-        _score(sequence, first, logits_TV)
+        if not bool(torch.isfinite(logits_TV.max(dim=-1).values).all()):
+            raise SelfCheckError("The model's logits are not finite; the answer was stopped.")
+        followers = sequence.prompt_ids[first + 1 : first + 1 + len(logits_TV)]
+        num_logprobs = sequence.options.num_prompt_logprobs or 0
+        choices = _with_logprobs(followers, logits_TV[: len(followers)], num_logprobs)
+        if first > 0:
+            sequence.take_prompt_choices(first + 1, choices)
+        else:
+            # Nothing comes before the first token that it could be likely after.
+            sequence.take_prompt_choices(0, [Choice(sequence.prompt_ids[0]), *choices])
     except Exception as error:  # noqa: BLE001 - a fault of one row is not one of the others
         sequence.fail(to_client_error(_LOG, "Scoring a prompt, whose answer ends with an error,", error))
 
 
-def _score(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:
-    if not bool(torch.isfinite(logits_TV.max(dim=-1).values).all()):
-        raise SelfCheckError("The model's logits are not finite; the answer was stopped.")
-    followers = sequence.prompt_ids[first + 1 : first + 1 + len(logits_TV)]
-    choices = _choices(followers, logits_TV[: len(followers)], sequence.options.num_prompt_logprobs or 0)
-    if first > 0:
-        sequence.take_prompt_choices(first + 1, choices)
-    else:
-        # Nothing comes before the first token that it could be likely after.
-        sequence.take_prompt_choices(0, [Choice(sequence.prompt_ids[0]), *choices])
-
-
-def _choices(token_ids: list[int], logits_TV: torch.Tensor, num_top: int) -> list[Choice]:
+def _with_logprobs(token_ids: list[int], logits_TV: torch.Tensor, num_top: int) -> list[Choice]:
     if not token_ids:
         return []
     logprobs_TV = torch.log_softmax(logits_TV, dim=-1).clamp_min(MIN_LOGPROB)
     ids_T1 = torch.tensor(token_ids, device=logits_TV.device).unsqueeze(1)
     own = logprobs_TV.gather(1, ids_T1).squeeze(1).tolist()
-    if num_top == 0:
-        return [Choice(token_id, logprob) for token_id, logprob in zip(token_ids, own, strict=True)]
     values_TK, ids_TK = logprobs_TV.topk(min(num_top, logprobs_TV.shape[-1]), dim=-1)
     tops = zip(ids_TK.tolist(), values_TK.tolist(), strict=True)
     return [

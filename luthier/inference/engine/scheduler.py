@@ -1,24 +1,122 @@
 """Continuous batching: which tokens of which sequences run next. Never tensors, nor how a model runs.
 
 A batch has the next token of every sequence that answers and a bounded number of prompt tokens, so that
-running answers never stall behind a long prompt. Only the engine's thread may call it.
+running answers never stall behind a long prompt. What waits is queued fairly, round-robin over projects, and
+over models within one. What answers may have draft tokens. Only the engine's thread may call the scheduler.
 """
 
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from weakref import ref
 
-from luthier.core.errors import OutOfMemoryError
+from luthier.core.errors import OutOfMemoryError, TooManyRequestsError
 from luthier.inference.engine.block_pool import BlockPool, BlockTable
-from luthier.inference.engine.fair_queue import FairQueue
-from luthier.inference.engine.ngram_proposer import NgramProposer, least_chance, room_for_drafts
-from luthier.inference.engine.sequence import Sequence
+from luthier.inference.engine.sequence import ModelKey, Sequence
 from luthier.modeling.protocols import AdapterId, AdapterInfo, RunnerLimits, TokenChunk
 
 # Steps for which a long prompt may be deferred in favour of short ones.
 _MAX_DEFERRALS = 4
 # Tokens that kernels take of a prompt at a time.
 _FEWEST_CHUNK_TOKENS = 16
+
+# Lengths of the n-grams that are looked up; of those found the longest decides.
+_FEWEST, _MOST = 2, 4
+# Weight of one outcome in the estimated chance of the next.
+_NEWS = 0.25
+# The chance before the first outcome.
+_START = 0.25
+# Tokens before the first proposal that are indexed: each delays the step that it happens in.
+_MOST_BEFORE = 4096
+
+# The fixed cost of a step, in rows; and the cost of a second row, as a share of a step of one. Measured
+# (docs/decisions/0035), with a margin.
+_FIXED_ROWS, _SECOND_ROW = 8, 0.35
+# Rows of a step with drafts; above, one more costs as much as it gains at best.
+_MOST_ROWS = 16
+
+
+def room_for_drafts(num_rows: int) -> int:
+    """Return how many draft tokens a step of `num_rows` other rows takes."""
+    return max(0, _MOST_ROWS - num_rows)
+
+
+def least_chance(num_rows: int) -> float:
+    """Return the least chance at which a draft is worth its row in a step of `num_rows` others."""
+    return _SECOND_ROW if num_rows == 1 else num_rows / (num_rows + _FIXED_ROWS)
+
+
+class NgramProposer:
+    """Speculative decoding without a draft model: proposes an answer's next tokens from its text.
+
+    Answers repeat themselves and their prompts: names, code, JSON, quotations. A step that runs draft tokens
+    too, each as a row of its own, verifies them against the model's own choices and reads the weights once
+    for all. The answer stays the same; only its number of steps falls. The idea and its yield: Saxena 2023,
+    "Prompt Lookup Decoding"; Leviathan et al. 2023, arXiv 2211.17192, on verifying drafts in one step.
+
+    `chance` is the estimated probability that the next one is right.
+
+    Args:
+        tokens: the prompt's and the answer's so far; negative ones are virtual.
+    """
+
+    def __init__(self, tokens: SequenceOf[int]) -> None:
+        self._tokens: list[int] = []
+        # Of each n-gram, the place of the token that followed it last.
+        self._next_of: dict[tuple[int, ...], int] = {}
+        # The place that the next token is proposed from, None for no proposal.
+        self._source: int | None = None
+        self.chance = _START
+        for token in tokens[-_MOST_BEFORE:]:
+            self._add(token)
+        self._seek()
+
+    def add(self, token: int) -> None:
+        """Append the next token, and note whether the proposal was right."""
+        if self._source is not None:
+            is_right = self._tokens[self._source] == token
+            self.chance += _NEWS * (is_right - self.chance)
+        self._add(token)
+        self._seek()
+
+    def propose(self, most: int, *, least_chance: Callable[[int], float]) -> list[int]:
+        """Return draft tokens as far as they are likely enough.
+
+        Args:
+            least_chance: that a draft and all before it are right, by the number of those before.
+        """
+        found: list[int] = []
+        if self._source is None:
+            return found
+        chance = self.chance
+        while len(found) < most and chance >= least_chance(len(found)):
+            place = self._source + len(found)
+            # What repeats at once is proposed from the drafts themselves.
+            beyond = place - len(self._tokens)
+            token = self._tokens[place] if beyond < 0 else found[beyond]
+            if token < 0:
+                break
+            found.append(token)
+            chance *= self.chance
+        return found
+
+    def _add(self, token: int) -> None:
+        tokens, place = self._tokens, len(self._tokens)
+        for count in range(_FEWEST, _MOST + 1):
+            if place < count:
+                break
+            self._next_of[tuple(tokens[place - count :])] = place
+        tokens.append(token)
+
+    def _seek(self) -> None:
+        tokens = self._tokens
+        for count in range(min(_MOST, len(tokens)), _FEWEST - 1, -1):
+            self._source = self._next_of.get(tuple(tokens[-count:]))
+            if self._source is not None:
+                return
+        self._source = None
 
 
 @dataclass(eq=False, slots=True)
@@ -208,13 +306,16 @@ class Scheduler:
         has_room = self.limits.max_draft_tokens and room_for_drafts(len(batch))
         if not has_room or any(one.sequence.wants_prompt_scores for one, _ in batch):
             return batch
-        drafts: dict[RunningSequence, list[int]] = {}
         num_rows = len(batch)
         # The best predicted sequence first.
-        for one, _ in sorted(batch, key=lambda pair: -pair[0].proposer.chance):
-            drafts[one] = self._propose(one, num_rows)
-            num_rows += len(drafts[one])
-        return [(one, with_drafts(chunk, drafts[one]) if drafts[one] else chunk) for one, chunk in batch]
+        for place in sorted(range(len(batch)), key=lambda place: -batch[place][0].proposer.chance):
+            one, chunk = batch[place]
+            drafts = self._propose(one, num_rows)
+            if drafts:
+                num_rows += len(drafts)
+                token_ids = [*chunk.token_ids, *drafts]
+                batch[place] = one, replace(chunk, token_ids=token_ids, num_draft_tokens=len(drafts))
+        return batch
 
     def _propose(self, one: RunningSequence, num_rows: int) -> list[int]:
         """Return draft tokens of a sequence for a batch of `num_rows` other rows, with blocks allocated."""
@@ -264,9 +365,6 @@ class Scheduler:
     def temporary_blocks(self, *lengths: int) -> Iterator[list[list[int]]]:
         """Allocate blocks for sequences of the given lengths, excluded from prefix caching and freed on exit.
 
-        Yields:
-            The blocks of each.
-
         Raises:
             OutOfMemoryError: when there are too few blocks.
         """
@@ -290,13 +388,126 @@ def max_long_chunk(limits: RunnerLimits, num_done: int) -> int:
     return max(min(_FEWEST_CHUNK_TOKENS, limits.long_chunk_tokens), min(limits.long_chunk_tokens, fitting))
 
 
-def with_drafts(chunk: TokenChunk, drafts: list[int]) -> TokenChunk:
-    """Return a chunk with draft tokens after its last token, each to be verified by the one before."""
-    return replace(chunk, token_ids=[*chunk.token_ids, *drafts], num_draft_tokens=len(drafts))
-
-
 def _too_large(num_tokens: int) -> OutOfMemoryError:
     return OutOfMemoryError(
         f"The model server has too little memory for {num_tokens} tokens of one answer. An operator raises "
         "LUTHIER_MAX_CACHE_TOKENS."
     )
+
+
+_ModelQueues = OrderedDict[ModelKey, deque[Sequence]]
+
+
+class WaitingShares:
+    """Limits the waiting sequences of each project. For the event loop's thread.
+
+    Below `max_waiting` in all every project is admitted. Above, a project that has its share or more is
+    refused and others are admitted, so that a project that fills the queue does not keep others out.
+    """
+
+    def __init__(self, max_waiting: int) -> None:
+        self._max_waiting = max_waiting
+        # A sequence holds its model's weights, which must be able to leave when it is done.
+        self._submitted: list[ref[Sequence]] = []
+
+    def take(self, sequences: list[Sequence], num_waiting: int) -> None:
+        """Admit the sequences of one request, all of one project.
+
+        Raises:
+            TooManyRequestsError: when the queue is full for this project.
+        """
+        unanswered = [
+            one
+            for reference in self._submitted
+            if (one := reference()) is not None and not one.is_done and not one.num_completion_tokens
+        ]
+        if num_waiting > 0 and num_waiting + len(sequences) > self._max_waiting:
+            waiting = Counter(one.project_id for one in unanswered)
+            own = waiting[sequences[0].project_id]
+            share = self._max_waiting // max(2, len(waiting))
+            is_over = own > 0 and own + len(sequences) > share
+            if is_over or num_waiting + len(sequences) > 2 * self._max_waiting:
+                raise TooManyRequestsError(
+                    f"{num_waiting} requests are waiting for the model server, and {own} of this project have"
+                    " no answer yet; try again when some have ended."
+                )
+        self._submitted = [ref(one) for one in (*unanswered, *sequences)]
+
+
+class FairQueue:
+    """Sequences that wait for blocks. A thousand requests of one project delay another's by one turn."""
+
+    def __init__(self) -> None:
+        self._projects: OrderedDict[str, _ModelQueues] = OrderedDict()
+        # Served before all others.
+        self._preempted: deque[Sequence] = deque()
+        # Stored, not counted: other threads read it while the engine's changes the queue.
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[Sequence]:
+        yield from self._preempted
+        for models in self._projects.values():
+            for waiting in models.values():
+                yield from waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence behind those of its project and model."""
+        models = self._projects.setdefault(sequence.project_id, OrderedDict())
+        models.setdefault(sequence.key, deque()).append(sequence)
+        self._num_waiting += 1
+
+    def add_first(self, sequence: Sequence) -> None:
+        """Queue a preempted sequence before all others."""
+        self._preempted.appendleft(sequence)
+        self._num_waiting += 1
+
+    def peek(self) -> Sequence | None:
+        """Return the next sequence, None when the queue is empty; finished and cancelled ones are dropped."""
+        self.drop_done()
+        if self._preempted:
+            return self._preempted[0]
+        if not self._projects:
+            return None
+        models = next(iter(self._projects.values()))
+        return next(iter(models.values()))[0]
+
+    def pop(self) -> Sequence:
+        """Remove what `peek` returned; its project and model move to the end of the order."""
+        self._num_waiting -= 1
+        if self._preempted:
+            return self._preempted.popleft()
+        project, models = next(iter(self._projects.items()))
+        key, waiting = next(iter(models.items()))
+        sequence = waiting.popleft()
+        models.move_to_end(key)
+        self._projects.move_to_end(project)
+        if not waiting:
+            del models[key]
+        if not models:
+            del self._projects[project]
+        return sequence
+
+    def drop_done(self) -> None:
+        """Drop finished and cancelled sequences."""
+        if not any(sequence.is_done for sequence in self):
+            return
+        self._preempted = deque(sequence for sequence in self._preempted if not sequence.is_done)
+        for project, models in list(self._projects.items()):
+            for key, waiting in list(models.items()):
+                models[key] = deque(sequence for sequence in waiting if not sequence.is_done)
+                if not models[key]:
+                    del models[key]
+            if not models:
+                del self._projects[project]
+        self._num_waiting = sum(1 for _ in self)
+
+    def drain(self) -> list[Sequence]:
+        """Empty the queue and return its sequences."""
+        waiting = list(self)
+        self._projects.clear()
+        self._preempted.clear()
+        self._num_waiting = 0
+        return waiting

@@ -14,16 +14,14 @@ from luthier.core.errors import LuthierError
 class StopMatcher:
     """Let text through until one of the stop texts appears.
 
-    Text that could be the beginning of a stop text is held back until it is decided.
-
-    Args:
-        stops: the stop texts, none empty.
+    Text that could be the beginning of a stop text is held back until it is decided. No stop text is empty.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
-        self._num_released = 0
+        # Characters let through so far.
+        self.num_released = 0
         self.is_hit = False
 
     def push(self, text: str) -> str:
@@ -39,14 +37,9 @@ class StopMatcher:
         """Return what was held back; to be called when no more text can come."""
         return self._release(self._held, len(self._held), keep=False)
 
-    @property
-    def num_released(self) -> int:
-        """Characters let through so far."""
-        return self._num_released
-
     def _release(self, buffer: str, length: int, *, keep: bool) -> str:
         self._held = buffer[length:] if keep else ""
-        self._num_released += length
+        self.num_released += length
         return buffer[:length]
 
     def _num_undecided(self, buffer: str) -> int:
@@ -112,16 +105,6 @@ class SamplingOptions:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
 
-    @property
-    def has_penalties(self) -> bool:
-        """Whether tokens that came already count."""
-        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the model's own logits decide, and nothing but a token is asked for."""
-        return self.num_logprobs is None and not self.logit_bias and not self.has_penalties
-
 
 class Choice(NamedTuple):
     """A chosen token; log-probabilities (nats) are those of the model before temperature and top_p."""
@@ -177,9 +160,7 @@ class Sequence:
 
     Args:
         key: which weights answer; sequences of one key may share a batch.
-        prompt_ids: the prompt's tokens, at least one.
-        options: how to sample and when to end.
-        decoder: turns tokens into text without cutting characters.
+        prompt_ids: at least one.
         stop_token_ids: tokens that end an answer and have no text.
         emit: takes each event; called on the engine's thread.
         project_id: for fairness between projects.
@@ -196,7 +177,6 @@ class Sequence:
     project_id: str = ""
     grammar: Grammar | None = None
     num_completion_tokens: int = 0
-    last_token_id: int = -1
     # By the monotonic clock, in seconds: for measures alone.
     made_at: float = field(default_factory=time.monotonic)
     last_token_at: float = 0.0
@@ -216,11 +196,13 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self._stops = StopMatcher(self.options.stop)
-        # Read at every step.
-        self._has_penalties = self.options.has_penalties
-        is_plain = self.options.is_plain and self.grammar is None
-        self.is_plainly_greedy = is_plain and self.options.temperature == 0.0
-        self.is_plainly_drawn = is_plain and self.options.temperature > 0.0
+        # Read at every step. Plainly: the model's own logits decide, and nothing but a token is asked for.
+        options = self.options
+        self._has_penalties = options.presence_penalty != 0.0 or options.frequency_penalty != 0.0
+        is_changed = bool(options.logit_bias) or self._has_penalties or self.grammar is not None
+        is_plain = options.num_logprobs is None and not is_changed
+        self.is_plainly_greedy = is_plain and options.temperature == 0.0
+        self.is_plainly_drawn = is_plain and options.temperature > 0.0
 
     @property
     def is_done(self) -> bool:
@@ -243,12 +225,7 @@ class Sequence:
             self.emit(Failure(error))
 
     def take_prompt_choices(self, first: int, choices: list[Choice]) -> None:
-        """Take the scores of a chunk of the prompt; with the last one, emit all of them.
-
-        Args:
-            first: where the chunk begins; 0 begins anew, after a preemption.
-            choices: of its tokens, in order.
-        """
+        """Take the scores of a chunk of the prompt, from 0 again after a preemption; emit all at its end."""
         if self.is_finished:
             return
         del self._prompt_choices[first:]
@@ -266,15 +243,18 @@ class Sequence:
         if self.is_finished:
             return
         self.num_completion_tokens += 1
-        self.last_token_id = choice.token_id
         if choice.token_id in self.stop_token_ids:
             text = self._push_text(self.decoder.flush())
             if self.options.reports_end:
                 self._held_choices.append(ChoiceAt(choice, self._num_decoded))
             self._finish("stop", text)
             return
-        if self.grammar is not None and not self._push_grammar(self.grammar, choice.token_id):
-            return
+        if self.grammar is not None:
+            try:
+                self.grammar.push(choice.token_id)
+            except LuthierError as error:
+                self.fail(error)
+                return
         if self._has_penalties:
             self.token_counts[choice.token_id] = self.token_counts.get(choice.token_id, 0) + 1
         if self.options.num_logprobs is not None:
@@ -289,14 +269,6 @@ class Sequence:
             self._finish("stop" if self._stops.is_hit else "length", text)
         elif text:
             self._emit_piece(text)
-
-    def _push_grammar(self, grammar: Grammar, token_id: int) -> bool:
-        try:
-            grammar.push(token_id)
-        except LuthierError as error:
-            self.fail(error)
-            return False
-        return True
 
     def _push_text(self, text: str) -> str:
         self._num_decoded += len(text)

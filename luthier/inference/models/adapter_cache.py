@@ -192,7 +192,7 @@ class AdapterCache:
         for key, entry in list(self._entries.items()):
             if key[1] == digest and entry.num_holders == 0 and entry.is_ready:
                 self._drop(key, entry)
-        self._wake_waiting()
+        self.wake()
         return digest not in self.digests
 
     def has_pinned(self, base_id: str) -> bool:
@@ -207,10 +207,6 @@ class AdapterCache:
         for key, entry in found:
             self._drop(key, entry)
         return True
-
-    def wake(self) -> None:
-        """Wake the requests that wait for room."""
-        self._wake_waiting()
 
     async def make_way(self, num_bytes: int) -> bool:
         """Make room below the limit, by pages, idle artifacts and bases; the caller takes it before it waits.
@@ -310,9 +306,10 @@ class AdapterCache:
 
     def _release(self, entry: CacheEntry) -> None:
         entry.num_holders -= 1
-        self._wake_waiting()
+        self.wake()
 
-    def _wake_waiting(self) -> None:
+    def wake(self) -> None:
+        """Wake the requests that wait for room."""
         for event in self._released.values():
             event.set()
 
@@ -356,7 +353,7 @@ class AdapterCache:
         elif self._entries.get(entry.served.key) is entry:
             del self._entries[entry.served.key]
         # The request may have been cancelled meanwhile: it is idle from now on.
-        self._wake_waiting()
+        self.wake()
 
     async def _make_room(self, kind: Kind, num_bytes: int) -> None:
         max_bytes = self._max_bytes[kind]

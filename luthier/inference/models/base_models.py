@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.bases.catalogue import base_folder, find_base_facts
-from luthier.core.devices import Device, find_device
+from luthier.core.devices import Device, cpu_multiplies_bf16, find_device
 from luthier.core.errors import ModelNotFoundError
 from luthier.core.settings import Settings
 from luthier.core.shapes import BaseShape, read_shape
@@ -25,9 +25,8 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.sequence import ModelKey
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.models.artifact_cache import CachedArtifact
-from luthier.inference.models.weight_type import choose_dtype, name_of
 from luthier.inference.runners.registry import choose_runner
-from luthier.inference.verification.adapter_check import Text, probe
+from luthier.inference.verification.checks import Text, probe
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import AdapterInfo, Budget
 
@@ -93,7 +92,7 @@ class ServedModel:
     copy: CachedArtifact | None = None
     full_model: CachedArtifact | None = None
 
-    @property
+    @cached_property
     def key(self) -> ModelKey:
         """Identifies the weights."""
         return self.base.facts.id, self.digest
@@ -103,12 +102,12 @@ class ServedModel:
         """The copies on the local disk that it is made of."""
         return tuple(copy for copy in (self.copy, self.full_model) if copy is not None)
 
-    @property
+    @cached_property
     def full_digest(self) -> str:
         """The digest of what answers, the base's own where there is no artifact."""
         return self.digest or self.base.facts.digest
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The first 12 hex digits of the digest that answers, and the type of the weights."""
         return f"{self.full_digest.removeprefix('sha256:')[:12]}-{name_of(self.base.dtype)}"
@@ -122,7 +121,7 @@ class ReadyModel:
     executor: BatchExecutor
     adapter: AdapterInfo | None = None
 
-    @property
+    @cached_property
     def base(self) -> LoadedBase:
         """The base that it was made from, whose tokenizer and template it uses."""
         return self.served.base
@@ -132,10 +131,26 @@ class ReadyModel:
         """Whether it runs on weights that no other model of its base does."""
         return self.executor not in self.base.executors
 
-    @property
+    @cached_property
     def num_virtual_tokens(self) -> int:
         """Tokens before every sequence, which take positions of the context and of the cache."""
         return 0 if self.adapter is None else self.adapter.num_virtual_tokens
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a type's name as settings and answers have it: float32 or bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_dtype(settings: Settings, device: str) -> torch.dtype:
+    """Return the type to serve bases in; devices that emulate bfloat16 are many times slower in it."""
+    if settings.inference_dtype != "auto":
+        return torch.bfloat16 if settings.inference_dtype == "bfloat16" else torch.float32
+    if device == "cpu":
+        has_it = cpu_multiplies_bf16()
+    else:
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else torch.float32
 
 
 def get_base_facts(settings: Settings, base_id: str) -> BaseFacts:
@@ -203,30 +218,6 @@ def _within_positions(facts: BaseFacts, num_positions: int) -> BaseFacts:
         facts.context_length,
     )
     return facts.model_copy(update={"context_length": num_positions})
-
-
-def max_base_bytes(settings: Settings) -> int:
-    """Return how much memory bases may take; three quarters of its own where the operator named none."""
-    return settings.inference_max_bases_bytes or serving_bytes(settings) * 3 // 4
-
-
-def max_whole_bytes(settings: Settings) -> int:
-    """Return how much memory whole models may take.
-
-    Returns:
-        Bytes; half of the process's where the operator named none.
-    """
-    return settings.inference_max_whole_models_bytes or serving_bytes(settings) // 2
-
-
-def max_adapter_bytes(settings: Settings) -> int:
-    """Return how much memory adapters may take; a quarter of the process's where the operator named none."""
-    return settings.inference_max_adapters_bytes or serving_bytes(settings) // 4
-
-
-def serving_bytes(settings: Settings) -> int:
-    """Return this process's part of the device's memory."""
-    return find_serving_device(settings).serving_bytes // settings.inference_processes
 
 
 def find_serving_device(settings: Settings) -> Device:

@@ -34,12 +34,18 @@ from luthier.inference.models.base_models import (
     available_bytes,
     in_turn,
     load_weights,
+    name_of,
 )
-from luthier.inference.models.weight_type import name_of
 from luthier.inference.runners.reference import ReferenceProvider
 from luthier.inference.runners.registry import choose_runner
-from luthier.inference.verification.adapter_check import verify_adapter, verify_full
-from luthier.inference.verification.checks import check_base, check_finite, check_finite_weights, read_canary
+from luthier.inference.verification.checks import (
+    check_base,
+    check_finite,
+    check_finite_weights,
+    read_canary,
+    verify_adapter,
+    verify_full,
+)
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import (
     AdapterInfo,

@@ -16,7 +16,7 @@ import torch
 from luthier.core.errors import OutOfMemoryError
 from luthier.core.inference import LoanRequest
 from luthier.core.runtime import give_back_freed_memory
-from luthier.inference.engine.block_pool import BlockMemory
+from luthier.inference.engine.step import BatchExecutor
 
 # What a process takes of a GPU beside its tensors.
 _CUDA_CONTEXT_BYTES = 500_000_000
@@ -27,6 +27,38 @@ class NoRoomError(OutOfMemoryError):
 
     http_status = 503
     retryable = True
+
+
+class BlockMemory:
+    """Blocks that were never used have no memory yet, unless the runner allocates all at once."""
+
+    def __init__(self, executor: BatchExecutor) -> None:
+        self._runner, self._pool = executor.runner, executor.scheduler.pool
+        self._limits = limits = executor.runner.limits
+        # Without these an answer of any length might fail.
+        self._num_least = min(limits.num_blocks, -(-limits.context_length // limits.block_size) + 1)
+
+    @property
+    def growing_bytes(self) -> int:
+        """Memory of blocks that have none yet and may take some."""
+        return 0 if self._limits.allocates_at_once else self._pool.num_growing * self._limits.block_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory of unused blocks, and of growth, beyond what one answer of full length needs."""
+        if self._limits.allocates_at_once:
+            return 0
+        num_used = self._pool.num_warm - self._pool.num_unused
+        num_spare = min(self._pool.num_free, self._pool.num_free + num_used - self._num_least)
+        return max(0, num_spare) * self._limits.block_bytes
+
+    def limit(self, num_bytes: int) -> None:
+        """Limit the memory of unused blocks, beside what one answer of full length needs."""
+        if self._limits.allocates_at_once:
+            return
+        num_used = self._pool.num_warm - self._pool.num_unused
+        num_blocks = max(num_used, self._num_least) + num_bytes // self._limits.block_bytes
+        self._runner.discard_blocks(self._pool.limit_warm(num_blocks))
 
 
 class MemoryLimit:

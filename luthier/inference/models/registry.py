@@ -26,7 +26,6 @@ from luthier.core.inference import (
 )
 from luthier.core.settings import MIB, Settings
 from luthier.core.specs import BaseFacts
-from luthier.inference.engine.block_pool import BlockMemory
 from luthier.inference.engine.engine import Engine
 from luthier.inference.models import base_models
 from luthier.inference.models.adapter_cache import AdapterCache
@@ -41,7 +40,7 @@ from luthier.inference.models.artifact_cache import (
     verify_copy,
 )
 from luthier.inference.models.base_models import LoadedBase, ReadyModel, ServedModel, in_turn
-from luthier.inference.models.memory_limit import MemoryLimit, NoRoomError, measure_used, trim
+from luthier.inference.models.memory_limit import BlockMemory, MemoryLimit, NoRoomError, measure_used, trim
 from luthier.storage.store import Storage
 
 
@@ -89,8 +88,11 @@ class Models:
         self._settings, self._engine = settings, engine
         self._on_first_base = on_first_base
         device = torch.device(base_models.choose_device(settings))
+        device_bytes = base_models.find_serving_device(settings).serving_bytes
+        serving_bytes = device_bytes // settings.inference_processes
+        self._max_base_bytes = settings.inference_max_bases_bytes or serving_bytes * 3 // 4
         self.memory = MemoryLimit(
-            base_models.serving_bytes(settings),
+            serving_bytes,
             engine.call,
             self._block_memories,
             measure=lambda: measure_used(device),
@@ -98,8 +100,8 @@ class Models:
         )
         self.loaded = AdapterCache(
             engine,
-            max_whole_bytes=base_models.max_whole_bytes(settings),
-            max_adapter_bytes=base_models.max_adapter_bytes(settings),
+            max_whole_bytes=settings.inference_max_whole_models_bytes or serving_bytes // 2,
+            max_adapter_bytes=settings.inference_max_adapters_bytes or serving_bytes // 4,
             max_pinned_share=settings.max_pinned_share,
             budget=base_models.make_budget(settings),
             max_waiting=settings.max_waiting_requests,
@@ -107,9 +109,8 @@ class Models:
             drop_base=self._drop_base,
         )
         self._storage: Storage | None = None
-        # The one unused for longest first.
-        self._bases: OrderedDict[str, LoadedBase] = OrderedDict()
-        self._max_base_bytes = base_models.max_base_bytes(settings)
+        # The bases without an artifact, by id, the one unused for longest first.
+        self._bases: OrderedDict[str, ReadyModel] = OrderedDict()
         # Bytes of bases on their way, and requests that need a base, by its id.
         self._coming: dict[str, int] = {}
         self._num_users: Counter[str] = Counter()
@@ -119,11 +120,10 @@ class Models:
 
     def _block_memories(self) -> list[BlockMemory]:
         """Return the memory of all runners' blocks; also called on the engine's thread."""
-        loaded = [
-            one for base in list(self._bases.values()) for one in (base, base.exact()) if one is not None
-        ]
+        bases = [bare.base for bare in list(self._bases.values())]
+        loaded = [one for base in bases for one in (base, base.exact()) if one is not None]
         of_bases = [executor for base in loaded for executor in base.executors]
-        return [executor.memory for executor in (*of_bases, *self.loaded.executors)]
+        return [BlockMemory(executor) for executor in (*of_bases, *self.loaded.executors)]
 
     def is_loaded(self, base_id: str) -> bool:
         """Whether a base is in memory."""
@@ -150,7 +150,7 @@ class Models:
                 loading.add_done_callback(partial(self._end_loading, base_id))
             # The request may be cancelled; the next one finds the base.
             await asyncio.shield(loading)
-        return self._bases[base_id]
+        return self._bases[base_id].base
 
     async def _load_base(self, base_id: str, facts: BaseFacts) -> None:
         num_bytes = base_models.weights_bytes(self._settings, facts)
@@ -161,7 +161,8 @@ class Models:
             if not await self.loaded.make_way(3 * num_bytes // 2):
                 raise NoRoomError("The model server has no memory for this base now; try again.")
             with self.loaded.expecting(3 * num_bytes // 2):
-                self._bases[base_id] = await in_turn(self._load_first, base_id)
+                base = await in_turn(self._load_first, base_id)
+                self._bases[base_id] = ReadyModel(ServedModel(base), base.executor)
         finally:
             del self._coming[base_id]
         # What was read of it is gone, and should not count as held.
@@ -190,7 +191,7 @@ class Models:
             # Without the preloaded one the process is not ready.
             is_needed = base_id == self._settings.preload_base or self._num_users[base_id] > 0
             if not is_needed and self.loaded.drop_base(base_id):
-                for executor in self._bases.pop(base_id).executors:
+                for executor in self._bases.pop(base_id).base.executors:
                     self._engine.call(executor.runner.close)
                 self._served = {key: one for key, one in self._served.items() if key[0] != base_id}
                 return True
@@ -198,7 +199,7 @@ class Models:
 
     @property
     def _num_base_bytes(self) -> int:
-        return sum(base.num_bytes for base in self._bases.values()) + sum(self._coming.values())
+        return sum(bare.base.num_bytes for bare in self._bases.values()) + sum(self._coming.values())
 
     def _load_first(self, base_id: str) -> LoadedBase:
         """Load a base, and call `on_first_base` for the first one before any request has it."""
@@ -216,16 +217,23 @@ class Models:
 
     async def get(self, target: ModelTarget) -> ServedModel:
         """Return the model that a target names, its base loaded and its artifact on the local disk."""
-        base = self._bases.get(target.base_id) or await self.get_base(target.base_id)
-        self._bases.move_to_end(target.base_id)
-        if target.artifact is None or target.digest is None:
-            return ServedModel(base)
+        return await self._find(await self._get_bare(target.base_id), target)
+
+    async def _get_bare(self, base_id: str) -> ReadyModel:
+        if base_id not in self._bases:
+            await self.get_base(base_id)
+        self._bases.move_to_end(base_id)
+        return self._bases[base_id]
+
+    async def _find(self, bare: ReadyModel, target: ModelTarget) -> ServedModel:
+        if target.digest is None:
+            return bare.served
         served = self._served.get((target.base_id, target.digest))
-        if served is not None:
-            for copy in served.copies:
-                mark_used(copy.folder)
-            return served
-        return await self._place(base, target, failed=None)
+        if served is None:
+            return await self._place(bare.base, target, failed=None)
+        for copy in served.copies:
+            mark_used(copy.folder)
+        return served
 
     async def hold(self, target: ModelTarget) -> ReadyModel:
         """Return the model that a target names in memory, where it stays until it is released.
@@ -245,7 +253,10 @@ class Models:
             raise
 
     async def _hold(self, target: ModelTarget) -> ReadyModel:
-        served = await self.get(target)
+        bare = await self._get_bare(target.base_id)
+        if target.digest is None:
+            return bare
+        served = await self._find(bare, target)
         pinned_by = target.project_id if target.is_pinned else None
         try:
             return await self.loaded.hold(served, pinned_by=pinned_by)
@@ -259,7 +270,8 @@ class Models:
     def release(self, ready: ReadyModel) -> None:
         """Say that a request needs a model no longer."""
         self._num_users[ready.base.facts.id] -= 1
-        self.loaded.release(ready)
+        if ready.served.digest is not None:
+            self.loaded.release(ready)
 
     async def lend(self, asked: LoanRequest) -> int:
         """Lend memory to a job, or take it back; return the bytes that are lent."""

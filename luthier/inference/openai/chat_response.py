@@ -6,18 +6,21 @@ Shapes: OpenAI's API reference, "Chat completions" and "Completions (legacy)".
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import msgspec
 
 from luthier.core.errors import LuthierError
+from luthier.core.ids import IdKind, new_id
 from luthier.core.inference import TokenUsage
+from luthier.core.runtime import now_seconds
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.sampler import MIN_LOGPROB
 from luthier.inference.engine.sequence import Choice, ChoiceAt
-from luthier.inference.openai.output_parser import Ended, EndReason, Part, WholeAnswer
-from luthier.inference.openai.tool_call_parser import CallBegun
+from luthier.inference.models.base_models import ReadyModel
+from luthier.inference.openai.chat_request import ChatRequest, CompletionRequest
+from luthier.inference.openai.generation import Ended, EndReason, Part, WholeAnswer
+from luthier.inference.openai.tool_calls import CallBegun
 
 # A text that stands nowhere else in an event.
 _NO_TEXT = "\0text\0"
@@ -34,25 +37,12 @@ def encode_event(value: Any) -> bytes:
     return b"data: " + encode_json(value) + b"\n\n"
 
 
-class Usage(NamedTuple):
-    """Tokens of the prompts, and of all answers."""
-
-    num_prompt_tokens: int
-    num_completion_tokens: int
-
-
-def token_usage(counted: Usage) -> TokenUsage:
-    """Return what the API counts of an answer."""
-    return TokenUsage(counted.num_prompt_tokens, 0, counted.num_completion_tokens)
-
-
-def usage(counted: Usage) -> dict[str, Any]:
+def usage(counted: TokenUsage) -> dict[str, Any]:
     """Return the usage object of an answer."""
-    num_prompt_tokens, num_completion_tokens = counted
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_completion_tokens,
-        "total_tokens": num_prompt_tokens + num_completion_tokens,
+        "prompt_tokens": counted.input_tokens,
+        "completion_tokens": counted.output_tokens,
+        "total_tokens": counted.input_tokens + counted.output_tokens,
         "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
         "completion_tokens_details": {
             "reasoning_tokens": 0,
@@ -67,7 +57,7 @@ class ResponseFormatter(ABC):
     """How the answers to a request leave, whole or as a stream of events."""
 
     @abstractmethod
-    def whole(self, answers: Sequence[WholeAnswer], counted: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer], counted: TokenUsage) -> dict[str, Any]:
         """Return a whole answer."""
 
     @abstractmethod
@@ -83,7 +73,7 @@ class ResponseFormatter(ABC):
         return b"".join(self.part_events(Part(index, text)))
 
     @abstractmethod
-    def last_events(self, counted: Usage) -> list[bytes]:
+    def last_events(self, counted: TokenUsage) -> list[bytes]:
         """Return the events after the last part."""
 
     @abstractmethod
@@ -91,26 +81,23 @@ class ResponseFormatter(ABC):
         """Return the events of a stream that breaks off."""
 
 
-@dataclass(frozen=True)
-class ChoicesShape(ResponseFormatter):
-    """What all parts of one answer with choices share; see ChatFormatter, CompletionFormatter."""
+class ChoicesFormatter(ResponseFormatter):
+    """What answers with choices share; see ChatFormatter, CompletionFormatter."""
 
-    id: str
-    created: int
-    model: str
-    fingerprint: str
-    tokenizer: Tokenizer
-    with_logprobs: bool
-    # Streams that end with a usage chunk say `usage: null` in all others.
-    with_usage: bool
-    _around_texts: dict[int, tuple[bytes, bytes]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    id_kind: ClassVar[IdKind]
+    object_name: ClassVar[str]
+    chunk_object_name: ClassVar[str]
 
-    object_name = ""
-    chunk_object_name = ""
+    def __init__(self, asked: ChatRequest | CompletionRequest, model: str, ready: ReadyModel) -> None:
+        self._id, self._created, self._model = new_id(self.id_kind), now_seconds(), model
+        self._fingerprint = ready.served.fingerprint
+        self._tokenizer = ready.base.tokenizer
+        self._with_logprobs = asked.num_logprobs is not None
+        # Streams that end with a usage chunk say `usage: null` in all others.
+        self._with_usage = asked.stream_options.include_usage
+        self._around_texts: dict[int, tuple[bytes, bytes]] = {}
 
-    def whole(self, answers: Sequence[WholeAnswer], counted: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer], counted: TokenUsage) -> dict[str, Any]:
         """Return a whole answer."""
         choices = [self._whole_choice(index, answer) for index, answer in enumerate(answers)]
         return self._frame(self.object_name, choices) | {"usage": usage(counted)}
@@ -121,7 +108,7 @@ class ChoicesShape(ResponseFormatter):
 
     def text_event(self, index: int, text: str) -> bytes:
         """Return the event of a part that is text alone."""
-        if self.with_logprobs:
+        if self._with_logprobs:
             return super().text_event(index, text)
         around = self._around_texts.get(index)
         if around is None:
@@ -129,9 +116,9 @@ class ChoicesShape(ResponseFormatter):
         before, after = around
         return before + encode_json(text) + after
 
-    def last_events(self, counted: Usage) -> list[bytes]:
+    def last_events(self, counted: TokenUsage) -> list[bytes]:
         """Return the usage, where it was asked for, and the end of the stream."""
-        if not self.with_usage:
+        if not self._with_usage:
             return [DONE_EVENT]
         return [encode_event(self._frame(self.chunk_object_name, []) | {"usage": usage(counted)}), DONE_EVENT]
 
@@ -155,32 +142,34 @@ class ChoicesShape(ResponseFormatter):
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         frame = self._frame(self.chunk_object_name, [choice])
-        return encode_event(frame | {"usage": None} if self.with_usage else frame)
+        return encode_event(frame | {"usage": None} if self._with_usage else frame)
 
     def _frame(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": self.id,
+            "id": self._id,
             "object": object_name,
-            "created": self.created,
-            "model": self.model,
+            "created": self._created,
+            "model": self._model,
             "choices": choices,
-            "system_fingerprint": self.fingerprint,
+            "system_fingerprint": self._fingerprint,
         }
 
 
-@dataclass(frozen=True)
-class ChatFormatter(ChoicesShape):
+class ChatFormatter(ChoicesFormatter):
     """Answers of /v1/chat/completions."""
 
-    # Answers that must call a tool have no content, from their first chunk on.
-    with_content: bool = True
-
+    id_kind = "chat_completion"
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
 
+    def __init__(self, asked: ChatRequest, model: str, ready: ReadyModel) -> None:
+        super().__init__(asked, model, ready)
+        # Answers that must call a tool have no content, from their first chunk on.
+        self._first_content = None if asked.must_call else ""
+
     def first_events(self, num_choices: int) -> list[bytes]:
         """Return a chunk per choice that carries its role."""
-        delta = {"role": "assistant", "content": "" if self.with_content else None, "refusal": None}
+        delta = {"role": "assistant", "content": self._first_content, "refusal": None}
         return [self._event(_chat_choice(index, delta)) for index in range(num_choices)]
 
     def _part_choice(self, part: Part) -> dict[str, Any]:
@@ -222,14 +211,15 @@ class ChatFormatter(ChoicesShape):
         }
 
     def _logprobs(self, choices: Sequence[ChoiceAt]) -> dict[str, Any] | None:
-        if not self.with_logprobs:
+        if not self._with_logprobs:
             return None
-        return {"content": token_logprobs(self.tokenizer, choices), "refusal": None}
+        return {"content": token_logprobs(self._tokenizer, choices), "refusal": None}
 
 
-class CompletionFormatter(ChoicesShape):
+class CompletionFormatter(ChoicesFormatter):
     """Answers of /v1/completions; chunks have the same object name as whole answers."""
 
+    id_kind = "completion"
     object_name = "text_completion"
     chunk_object_name = "text_completion"
 
@@ -250,12 +240,12 @@ class CompletionFormatter(ChoicesShape):
     def _choice(
         self, index: int, text: str, choices: Sequence[ChoiceAt], reason: EndReason | None
     ) -> dict[str, Any]:
-        logprobs = self._logprobs(choices) if self.with_logprobs else None
+        logprobs = self._logprobs(choices) if self._with_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, choices: Sequence[ChoiceAt]) -> dict[str, Any]:
         return {
-            "tokens": [self.tokenizer.token_text(held.choice.token_id) for held in choices],
+            "tokens": [self._tokenizer.token_text(held.choice.token_id) for held in choices],
             # A prompt's first token has none.
             "token_logprobs": [
                 None if held.choice.logprob is None else _finite(held.choice.logprob) for held in choices
@@ -271,7 +261,7 @@ class CompletionFormatter(ChoicesShape):
         top: dict[str, float] = {}
         for token_id, value in (*choice.top, (choice.token_id, choice.logprob)):
             # Tokens that are parts of a character may look alike; the likeliest stands for them.
-            top.setdefault(self.tokenizer.token_text(token_id), _finite(value))
+            top.setdefault(self._tokenizer.token_text(token_id), _finite(value))
         return top
 
 

@@ -1,12 +1,16 @@
-"""A request's answers between the engine's thread and the event loop: submit, follow, cancel."""
+"""A request's answers between the engine's thread and the event loop: submit, follow, read, cancel.
+
+The engine's events become parts: text, calls of tools and an end, as they arrive or all together.
+"""
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 from luthier.core.errors import UnavailableError
+from luthier.core.inference import TokenUsage
 from luthier.data.rendering.tokenizer import StreamDecoder
 from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.sequence import (
@@ -20,8 +24,87 @@ from luthier.inference.engine.sequence import (
 )
 from luthier.inference.models.base_models import ReadyModel
 from luthier.inference.openai.generation_request import MAX_LOGPROBS, GenerationRequest, PromptEcho
+from luthier.inference.openai.tool_calls import CallArguments, CallBegun, ReadPart, ToolCallParser
 
 IndexedEvent = tuple[int, SequenceEvent]
+EndReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A choice is whole."""
+
+    reason: EndReason
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the choice at an index, and the choices of tokens that it came with."""
+
+    index: int
+    content: ReadPart | Ended
+    choices: tuple[ChoiceAt, ...] = ()
+
+
+@dataclass
+class _Reading:
+    """One choice's text so far: its parser, None without tools, and choices that are not reported yet."""
+
+    reader: ToolCallParser | None
+    choices: list[ChoiceAt] = field(default_factory=list)
+
+    def read(self, index: int, event: Piece | Finish) -> list[Part]:
+        """Return the parts that an event brings."""
+        if isinstance(event, Piece):
+            self.choices.extend(event.choices)
+            found: list[ReadPart] = [event.text] if self.reader is None else self.reader.push(event.text)
+            return self._with_choices(index, found)
+        found = [] if self.reader is None else self.reader.flush()
+        if self.choices and not found:
+            found = [""]
+        reason: EndReason = event.reason
+        if self.reader is not None and self.reader.num_calls and reason == "stop":
+            reason = "tool_calls"
+        return [*self._with_choices(index, found), Part(index, Ended(reason))]
+
+    def _with_choices(self, index: int, found: list[ReadPart]) -> list[Part]:
+        parts = []
+        for content in found:
+            parts.append(Part(index, content, tuple(self.choices)))
+            self.choices.clear()
+        return parts
+
+
+@dataclass
+class Call:
+    """A call of a tool; `arguments` is its JSON text."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+@dataclass
+class WholeAnswer:
+    """All parts of a choice."""
+
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    choices: list[ChoiceAt] = field(default_factory=list)
+    reason: EndReason = "stop"
+
+    def add(self, part: Part) -> None:
+        """Take the next part."""
+        self.choices.extend(part.choices)
+        content = part.content
+        if isinstance(content, str):
+            self.text += content
+        elif isinstance(content, CallBegun):
+            self.calls.append(Call(content.id, content.name))
+        elif isinstance(content, CallArguments):
+            self.calls[content.place].arguments += content.text
+        else:
+            self.reason = content.reason
 
 
 class Generation:
@@ -46,6 +129,9 @@ class Generation:
             index: plan.echoes[index // plan.n] for index in range(plan.num_choices) if plan.echoes
         }
         self._is_echoed: set[int] = set()
+        # Whether a piece's text is a part as it is.
+        self.passes_text = plan.syntax is None and not plan.echoes
+        self._readings = [_Reading(plan.make_reader()) for _ in range(plan.num_choices)]
         base = ready.base
         self.sequences = [
             Sequence(
@@ -63,9 +149,10 @@ class Generation:
         ]
 
     @property
-    def num_completion_tokens(self) -> int:
-        """Tokens made so far, those that end an answer included."""
-        return sum(sequence.num_completion_tokens for sequence in self.sequences)
+    def usage(self) -> TokenUsage:
+        """Tokens of the prompts, and of the answers so far, those that end one included."""
+        num_tokens = sum(sequence.num_completion_tokens for sequence in self.sequences)
+        return TokenUsage(self.num_prompt_tokens, 0, num_tokens)
 
     def submit(self) -> None:
         """Hand the sequences to the engine; those that ask it for nothing end at once.
@@ -93,24 +180,23 @@ class Generation:
         self._deliver((0, Failure(error)))
 
     @property
-    def has_echoes(self) -> bool:
-        """Whether answers begin with their prompts."""
-        return bool(self._echoes)
-
-    @property
     def is_open(self) -> bool:
         """Whether any of the answers that were read is not whole."""
         return self._num_open > 0
 
-    async def events(self) -> AsyncIterator[IndexedEvent]:
-        """Follow the answers until every one is whole.
-
-        Yields:
-            Each event with its choice's index.
-        """
+    async def collect(self) -> list[WholeAnswer]:
+        """Wait until every answer is whole, and return them."""
+        answers = [WholeAnswer() for _ in self.sequences]
         while self._num_open:
-            for found in await self.next_events():
-                yield found
+            for index, event in await self.next_events():
+                for part in self.read(index, event):
+                    answers[index].add(part)
+        return answers
+
+    def read(self, index: int, event: SequenceEvent) -> list[Part]:
+        """Return the parts that an event of a choice brings; each choice's last one is an Ended."""
+        assert isinstance(event, Piece | Finish)
+        return self._readings[index].read(index, event)
 
     async def next_events(self) -> list[IndexedEvent]:
         """Wait for events and return all that have arrived: pieces and ends, each with its choice's index.
@@ -130,10 +216,10 @@ class Generation:
                 raise event.error
             self._arrived.popleft()
             self._num_unread -= _weigh(event)
-            found += self._read(index, event)
+            found += self._with_echo(index, event)
         return found
 
-    def _read(self, index: int, event: PromptScored | Piece | Finish) -> list[IndexedEvent]:
+    def _with_echo(self, index: int, event: PromptScored | Piece | Finish) -> list[IndexedEvent]:
         found: list[IndexedEvent] = []
         echo = self._echoes.get(index)
         if echo is not None and index not in self._is_echoed:

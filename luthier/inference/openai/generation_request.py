@@ -11,15 +11,14 @@ from functools import cached_property
 
 from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.data.rendering.chat_template import ChatTemplate
-from luthier.data.rendering.special_tokens import without_splits
-from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer
+from luthier.data.rendering.tokenizer import StreamDecoder, Tokenizer, without_splits
 from luthier.inference.engine.sequence import SamplingOptions
-from luthier.inference.models.base_models import ReadyModel
+from luthier.inference.models.base_models import LoadedBase, ReadyModel
 from luthier.inference.openai.chat_request import ChatRequest, CompletionRequest, SamplingRequest
 from luthier.inference.openai.grammar import COMPILE_SECONDS, CompiledGrammar, Grammars
 from luthier.inference.openai.structured_output import choose_grammar
-from luthier.inference.openai.tool_call_parser import ToolCallParser
-from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
+from luthier.inference.openai.tool_calls import CallSyntax, ToolCallParser, find_syntax, render_calls
+from luthier.inference.openai.tools import Tool, Tools
 
 
 @dataclass(frozen=True)
@@ -127,18 +126,11 @@ def plan_chat(
         ContextLengthExceededError: when prompt and answer don't fit the base's context, or the server.
         InvalidValueError: when the template refuses the messages, or a schema can't be enforced.
     """
-    base, offered = ready.base, request.tools.offered
-    _check_places(request, base.template)
+    offered = () if request.tools is None else request.tools.offered
+    _check_places(request, offered, ready.base.template)
     limit = ContextLimit(ready, max_cache_tokens, request.max_tokens, "messages")
-    prompt = limit.encode(
-        render_calls(
-            base.template,
-            [message.to_message() for message in request.messages],
-            [tool.definition for tool in offered],
-            add_generation_prompt=True,
-        )
-    )
-    num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    prompt = limit.encode(_render(request, offered, ready.base.template), ready.base.tokenizer.encode)
+    num_logprobs = request.num_logprobs
     if num_logprobs is not None:
         # An answer of unnamed length is as long as its log-probabilities may be, and is never refused.
         max_tokens_default = min(max_tokens_default, MAX_LOGPROBS // (request.n * (1 + num_logprobs)))
@@ -147,29 +139,43 @@ def plan_chat(
         param = "top_logprobs" if num_logprobs else "logprobs"
         _check_num_logprobs(request, request.n * max_tokens, num_logprobs, param)
     options = _options(request, ready, max_tokens, num_logprobs)
-    syntax = find_syntax(base.template, base.tokenizer) if offered else None
+    planned = GenerationRequest([prompt], options, request.n)
+    if request.tools is None and request.response_format is None:
+        return planned
+    return _with_grammar(planned, request, request.tools or Tools(), ready.base, grammars)
 
+
+def _with_grammar(
+    planned: GenerationRequest, request: ChatRequest, tools: Tools, base: LoadedBase, grammars: Grammars
+) -> GenerationRequest:
+    """Return a generation request whose answers have the form, and the calls of tools, that a chat names."""
+    syntax = find_syntax(base.template, base.tokenizer) if tools.offered else None
     deadline = time.monotonic() + COMPILE_SECONDS
 
     def compile_grammar(lark: str, param: str) -> CompiledGrammar:
         digest = base.facts.tokenizer_digest
         return grammars.compile(lark, base.tokenizer, digest, param=param, deadline=deadline)
 
-    grammar = choose_grammar(request.response_format, request.tools, syntax, base.tokenizer, compile_grammar)
-    return GenerationRequest(
-        [prompt],
-        options,
-        request.n,
-        grammar=grammar,
+    return replace(
+        planned,
+        grammar=choose_grammar(request.response_format, tools, syntax, base.tokenizer, compile_grammar),
         syntax=syntax,
-        tool_names=frozenset(tool.name for tool in request.tools.callable),
-        is_parallel=request.tools.is_parallel,
+        tool_names=frozenset(tool.name for tool in tools.callable),
+        is_parallel=tools.is_parallel,
     )
 
 
-def _check_places(request: ChatRequest, template: ChatTemplate) -> None:
+def _render(request: ChatRequest, tools: Sequence[Tool], template: ChatTemplate) -> str:
+    messages = [message.to_message() for message in request.messages]
+    definitions = [tool.definition for tool in tools]
+    if any(message["content"] is None for message in messages):
+        return render_calls(template, messages, definitions, add_generation_prompt=True)
+    return template.render(messages, add_generation_prompt=True, tools=definitions)
+
+
+def _check_places(request: ChatRequest, tools: Sequence[Tool], template: ChatTemplate) -> None:
     """Refuse what the template would leave out without a word."""
-    if request.tools.offered and not template.supports("tools"):
+    if tools and not template.supports("tools"):
         raise InvalidValueError(
             "This model's chat template has no place for tools. Leave them out, or choose a base that was "
             "made for tools.",
@@ -200,14 +206,14 @@ def plan_completion(
     limit = ContextLimit(ready, max_cache_tokens, request.max_tokens, "prompt")
     prompts = []
     for i, item in enumerate(request.prompt):
-        prompt = limit.encode_raw(item) if isinstance(item, str) else item
+        prompt = limit.encode(item, tokenizer.encode_raw) if isinstance(item, str) else item
         if not prompt:
             raise InvalidValueError("A prompt must have at least one token.", param=f"prompt.{i}")
         if not all(0 <= token_id < tokenizer.vocab_size for token_id in prompt):
             raise InvalidValueError(
                 f"Token ids must be from 0 to {tokenizer.vocab_size - 1}.", param=f"prompt.{i}"
             )
-        limit.check(prompt)
+        limit.check(len(prompt))
         prompts.append(prompt)
     if request.logprobs is not None:
         num_tokens = len(prompts) * request.max_tokens + (sum(map(len, prompts)) if request.echo else 0)
@@ -275,31 +281,19 @@ class ContextLimit:
     max_tokens: int | None
     param: str
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
         """Tokenise a rendered prompt that fits.
 
         Args:
             text: the prompt. One that is too long to fit is refused before it is tokenised,
                 which takes seconds for megabytes.
         """
-        return self._encode(text, self.ready.base.tokenizer.encode)
-
-    def encode_raw(self, text: str) -> list[int]:
-        """Do as `encode` for a prompt without a template."""
-        return self._encode(text, self.ready.base.tokenizer.encode_raw)
-
-    def _encode(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        base = self.ready.base
         # No token without a byte: a shorter text needs no further look.
-        if len(text) > self._limit and base.token_bounds is not None:
-            self._check(base.token_bounds.min_num_tokens(without_splits(text)), "at least ")
+        if len(text) > self._limit and (bounds := self.ready.base.token_bounds) is not None:
+            self.check(bounds.min_num_tokens(without_splits(text)), "at least ")
         token_ids = encode(text)
-        self.check(token_ids)
+        self.check(len(token_ids))
         return token_ids
-
-    def check(self, token_ids: Sequence[int]) -> None:
-        """Refuse a prompt that does not fit."""
-        self._check(len(token_ids), "")
 
     def answer_length(self, token_ids: Sequence[int], default: int) -> int:
         """Return how many tokens an answer may have.
@@ -316,7 +310,8 @@ class ContextLimit:
         context = self.ready.base.facts.context_length
         return min(context, self.max_cache_tokens) - self.ready.num_virtual_tokens
 
-    def _check(self, length: int, how: str) -> None:
+    def check(self, length: int, how: str = "") -> None:
+        """Refuse a prompt that does not fit."""
         # An answer of unnamed length needs room for a single token only.
         wanted = 1 if self.max_tokens is None else self.max_tokens
         if length + wanted <= self._limit:

@@ -3,7 +3,6 @@
 Nothing is kept between requests, so what leans on an earlier response is refused.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,7 +13,14 @@ from luthier.core.errors import (
     MissingParameterError,
     UnsupportedValueError,
 )
-from luthier.inference.openai.chat_request import MAX_MESSAGES, ChatRequest, StreamOptions
+from luthier.inference.openai.chat_request import (
+    MAX_MESSAGES,
+    ChatMessage,
+    ChatRequest,
+    StreamOptions,
+    check_arguments,
+    flatten_message,
+)
 from luthier.inference.openai.fields import (
     IGNORED_FIELDS,
     drop_neutral,
@@ -22,9 +28,8 @@ from luthier.inference.openai.fields import (
     validate,
     without_nulls,
 )
-from luthier.inference.openai.messages import ChatMessage, check_arguments, flatten_message
 from luthier.inference.openai.structured_output import AnswerFormat, read_response_format
-from luthier.inference.openai.tools import Tools, read_response_tools
+from luthier.inference.openai.tools import Tools, read_tools
 
 _IGNORED = (IGNORED_FIELDS - {"metadata"}) | {
     "reasoning",
@@ -62,11 +67,9 @@ class _Fields(BaseModel):
     stream_options: StreamOptions = StreamOptions()
 
 
-@dataclass(frozen=True)
-class ResponseRequest:
-    """A checked request: the chat that it is, and what its answer repeats of it."""
+class ResponseRequest(ChatRequest):
+    """A checked request: a chat, and what its answer repeats of it."""
 
-    chat: ChatRequest
     echo: dict[str, Any]
 
 
@@ -92,7 +95,7 @@ def parse_response(body: bytes) -> ResponseRequest:
         raise MissingParameterError("Missing required parameter: 'input'.", param="input")
     given = fields.pop("input")
     echoed = {name: fields.get(name) for name in ("tools", "tool_choice")}
-    tools = read_response_tools(fields)
+    tools = read_tools(fields, is_nested=False)
     answer, text = _read_text(fields.pop("text", {}))
     checked = validate(_Fields, fields)
     messages = _read_input(given)
@@ -103,7 +106,7 @@ def parse_response(body: bytes) -> ResponseRequest:
         if item != _LOGPROBS:
             raise UnsupportedValueError(f"Only {_LOGPROBS} can be included.", param=f"include.{i}")
         with_logprobs = True
-    chat = ChatRequest(
+    return ResponseRequest(
         model=checked.model,
         messages=messages,
         max_tokens=checked.max_output_tokens,
@@ -114,8 +117,8 @@ def parse_response(body: bytes) -> ResponseRequest:
         response_format=answer,
         tools=tools,
         stream=checked.stream,
+        echo=_echo(checked, tools, echoed, text),
     )
-    return ResponseRequest(chat, _echo(checked, tools, echoed, text))
 
 
 def _echo(checked: _Fields, tools: Tools, given: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,14 @@ from typing import Any
 
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
-from luthier.data.rendering.tokenizer import Tokenizer
+from luthier.core.inference import TokenUsage
+from luthier.core.runtime import now_seconds
 from luthier.inference.engine.sequence import ChoiceAt
-from luthier.inference.openai.chat_response import ResponseFormatter, Usage, encode_json, token_logprobs
-from luthier.inference.openai.output_parser import Ended, EndReason, Part, WholeAnswer
-from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun
+from luthier.inference.models.base_models import ReadyModel
+from luthier.inference.openai.chat_response import ResponseFormatter, encode_json, token_logprobs
+from luthier.inference.openai.generation import Ended, EndReason, Part, WholeAnswer
+from luthier.inference.openai.responses_request import ResponseRequest
+from luthier.inference.openai.tool_calls import CallArguments, CallBegun
 
 
 class _Item:
@@ -43,19 +46,13 @@ class _Item:
 
 
 class ResponsesFormatter(ResponseFormatter):
-    """One response of /v1/responses.
+    """One response of /v1/responses."""
 
-    Args:
-        created: in seconds since 1970.
-    """
-
-    def __init__(
-        self, created: int, model: str, echo: dict[str, Any], tokenizer: Tokenizer, *, with_logprobs: bool
-    ) -> None:
+    def __init__(self, asked: ResponseRequest, model: str, ready: ReadyModel) -> None:
         self._frame: dict[str, Any] = {
             "id": new_id("response"),
             "object": "response",
-            "created_at": created,
+            "created_at": now_seconds(),
             "model": model,
             "background": False,
             "previous_response_id": None,
@@ -63,15 +60,15 @@ class ResponsesFormatter(ResponseFormatter):
             # Nothing is kept, whatever the request said.
             "store": False,
             "truncation": "disabled",
-        } | echo
-        self._tokenizer = tokenizer
-        self._with_logprobs = with_logprobs
+        } | asked.echo
+        self._tokenizer = ready.base.tokenizer
+        self._with_logprobs = asked.logprobs
         self._items: list[_Item] = []
         self._open: _Item | None = None
         self._reason: EndReason = "stop"
         self._num_events = 0
 
-    def whole(self, answers: Sequence[WholeAnswer], counted: Usage) -> dict[str, Any]:
+    def whole(self, answers: Sequence[WholeAnswer], counted: TokenUsage) -> dict[str, Any]:
         """Return the whole response: its message, where it has one, then its calls."""
         [answer] = answers
         self._reason = answer.reason
@@ -115,7 +112,7 @@ class ResponsesFormatter(ResponseFormatter):
         delta = self._part_event("response.output_text.delta", delta=text, logprobs=logprobs)
         return [*events, delta]
 
-    def last_events(self, counted: Usage) -> list[bytes]:
+    def last_events(self, counted: TokenUsage) -> list[bytes]:
         """Return the event that carries the whole response."""
         response = self._ended(counted)
         return [self._event(f"response.{response['status']}", response=response)]
@@ -171,18 +168,18 @@ class ResponsesFormatter(ResponseFormatter):
         is_cut = self._reason == "length" and item is self._items[-1]
         return "incomplete" if is_cut else "completed"
 
-    def _ended(self, counted: Usage) -> dict[str, Any]:
+    def _ended(self, counted: TokenUsage) -> dict[str, Any]:
         is_cut = self._reason == "length"
         items = [item.to_object(self._status_of(item)) for item in self._items]
         response = self._object("incomplete" if is_cut else "completed", items)
         if is_cut:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         response["usage"] = {
-            "input_tokens": counted.num_prompt_tokens,
+            "input_tokens": counted.input_tokens,
             "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
-            "output_tokens": counted.num_completion_tokens,
+            "output_tokens": counted.output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": counted.num_prompt_tokens + counted.num_completion_tokens,
+            "total_tokens": counted.input_tokens + counted.output_tokens,
         }
         return response
 

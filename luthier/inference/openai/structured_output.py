@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,9 +14,9 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.openai.fields import validate, without_nulls
 from luthier.inference.openai.grammar import CompiledGrammar, SchemaBudget, json_rule
 from luthier.inference.openai.tool_calls import CallSyntax
-from luthier.inference.openai.tools import Tool, Tools
+from luthier.inference.openai.tools import NAME_PATTERN, Tool, Tools
 
-_NAME = r"^[a-zA-Z0-9_-]{1,64}$"
+_ANY_TEXT = r"/(.|\n)*/"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class _Plain(BaseModel):
 
 class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=NAME_PATTERN)
     schema_: dict[str, Any] = Field({"type": "object"}, alias="schema")
     description: str | None = None
     # Every schema is enforced, whether strict or not.
@@ -141,12 +142,21 @@ def choose_grammar(
         # Alone first, so that an error names the tool.
         compile_grammar(f"start: {answer.to_rule()}", answer.param)
     enforced = _enforceable(tools.callable, budget, compile_grammar)
+    rules = partial(_call_rules, tools=enforced, tokenizer=tokenizer, is_parallel=tools.is_parallel)
     if must_call:
-        lark = calls_alone(syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
+        lark = f"start: calls\n{rules(syntax)}"
     elif answer is not None:
-        lark = calls_or_answer(answer, syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
+        lark = f"start: calls | answer\nanswer: {answer.to_rule()}\n{rules(syntax)}"
     else:
-        lark = calls_after_text(syntax, enforced, tokenizer, is_parallel=tools.is_parallel)
+        mark = syntax.begin.strip()
+        after = syntax.begin[syntax.begin.index(mark) + len(mark) :]
+        quoted = _literal(mark, tokenizer)
+        # A text up to a mark of letters is one lexeme, found as soon as it ends; a mark of its own stands
+        # alone.
+        lazily = f"opening[lazy]: {_ANY_TEXT} {quoted}"
+        opening = lazily if quoted.startswith('"') else f"opening: TEXT {quoted}"
+        calls = rules(replace(syntax, begin=after))
+        lark = f"start: TEXT | opening calls\nTEXT: {_ANY_TEXT}\n{opening}\n{calls}"
     return compile_grammar(lark, "tools")
 
 
@@ -156,7 +166,7 @@ def _enforceable(tools: Sequence[Tool], budget: SchemaBudget, compile_grammar: C
     for tool in tools:
         try:
             budget.take(tool.parameters or {}, param=tool.param)
-            compile_grammar(f"start: {json_rule(arguments_schema(tool), param=tool.param)}", tool.param)
+            compile_grammar(f"start: {json_rule(_arguments_schema(tool), param=tool.param)}", tool.param)
             enforced.append(tool)
         except InvalidValueError:
             if tool.is_strict:
@@ -165,57 +175,18 @@ def _enforceable(tools: Sequence[Tool], budget: SchemaBudget, compile_grammar: C
     return enforced
 
 
-_ANY_TEXT = r"/(.|\n)*/"
-
-
-def arguments_schema(tool: Tool) -> dict[str, Any]:
+def _arguments_schema(tool: Tool) -> dict[str, Any]:
     """Return what the arguments of a call of a tool must be: an object, whatever else the tool says."""
     return {"type": "object"} | (tool.parameters or {})
 
 
-def calls_alone(syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
-    """Write the grammar of an answer that is calls and nothing else.
-
-    Args:
-        tools: those that may be called, at least one.
-        is_parallel: whether there may be several calls.
+def _call_rules(syntax: CallSyntax, *, tools: Sequence[Tool], tokenizer: Tokenizer, is_parallel: bool) -> str:
+    """Write the grammar's rules of calls.
 
     Raises:
-        InvalidValueError: when the parameters of a tool are nested too deeply.
+        InvalidValueError: when there is no tool, or the parameters of one are nested too deeply.
     """
-    return "start: calls\n" + _call_rules(syntax, tools, tokenizer, is_parallel=is_parallel)
 
-
-def calls_or_answer(
-    answer: AnswerFormat,
-    syntax: CallSyntax,
-    tools: Sequence[Tool],
-    tokenizer: Tokenizer,
-    *,
-    is_parallel: bool,
-) -> str:
-    """Write the grammar of an answer that is either calls or of a form; the rest is as in `calls_alone`."""
-    rules = _call_rules(syntax, tools, tokenizer, is_parallel=is_parallel)
-    return f"start: calls | answer\nanswer: {answer.to_rule()}\n{rules}"
-
-
-def calls_after_text(
-    syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool
-) -> str:
-    """Write the grammar of an answer whose text is free up to the mark of a call.
-
-    The syntax must have such a mark; the rest is as in `calls_alone`.
-    """
-    mark = syntax.begin.strip()
-    after = syntax.begin[syntax.begin.index(mark) + len(mark) :]
-    quoted = _literal(mark, tokenizer)
-    # A text up to a mark of letters is one lexeme, found as soon as it ends; a mark of its own stands alone.
-    opening = f"opening[lazy]: {_ANY_TEXT} {quoted}" if quoted.startswith('"') else f"opening: TEXT {quoted}"
-    rules = _call_rules(replace(syntax, begin=after), tools, tokenizer, is_parallel=is_parallel)
-    return f"start: TEXT | opening calls\nTEXT: {_ANY_TEXT}\n{opening}\n{rules}"
-
-
-def _call_rules(syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer, *, is_parallel: bool) -> str:
     def literal(text: str) -> str:
         return _literal(text, tokenizer)
 
@@ -231,7 +202,7 @@ def _call_rules(syntax: CallSyntax, tools: Sequence[Tool], tokenizer: Tokenizer,
     for i, tool in enumerate(tools):
         before = literal(syntax.head + tool.name + syntax.middle)
         lines.append(f'call_{i}: {before} arguments_{i} "}}"')
-        lines.append(f"arguments_{i}: {json_rule(arguments_schema(tool), param=tool.param)}")
+        lines.append(f"arguments_{i}: {json_rule(_arguments_schema(tool), param=tool.param)}")
     return "\n".join(lines)
 
 

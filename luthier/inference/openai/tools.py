@@ -10,6 +10,7 @@ from luthier.inference.openai.fields import validate, without_nulls
 
 NAME_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 _MAX_TOOLS = 128
+TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
 
 
 @dataclass(frozen=True)
@@ -76,45 +77,28 @@ class _NamedChoice(BaseModel):
     function: _Named
 
 
-def read_chat_tools(fields: dict[str, Any]) -> Tools:
-    """Check `tools`, `tool_choice` and `parallel_tool_calls` of a chat and take them out of its fields.
+def read_tools(fields: dict[str, Any], *, is_nested: bool = True) -> Tools:
+    """Check `tools`, `tool_choice` and `parallel_tool_calls` and take them out of the fields.
+
+    Args:
+        is_nested: whether tools and choice have an object around what names their function, as chats do;
+            those of responses do not.
 
     Raises:
         InvalidRequestError: naming the field that breaks a rule.
     """
-    tools = tuple(_read_tool(item, f"tools.{i}") for i, item in enumerate(_pop_list(fields)))
-    choice = fields.pop("tool_choice", None)
-    name = None
+    read = _read_nested_tool if is_nested else _read_flat_tool
+    tools = tuple(read(item, f"tools.{i}") for i, item in enumerate(_pop_list(fields)))
+    choice, name = fields.pop("tool_choice", None), None
     if isinstance(choice, dict):
         _refuse_other_types(choice, "tool_choice")
-        name = validate(_NamedChoice, without_nulls(choice), "tool_choice.").function.name
-    return _choose(tools, choice, name, fields, "tool_choice.function.name")
-
-
-def read_response_tools(fields: dict[str, Any]) -> Tools:
-    """Check the same of a response, whose tools and choice name their function without an object around it.
-
-    Returns:
-        The tools, their definitions as chats write them.
-
-    Raises:
-        InvalidRequestError: naming the field that breaks a rule.
-    """
-    tools = []
-    for i, item in enumerate(_pop_list(fields)):
-        _refuse_other_types(item, f"tools.{i}")
-        given = {key: value for key, value in without_nulls(item).items() if key != "type"}
-        function = validate(_Function, given, f"tools.{i}.")
-        definition = {"type": "function", "function": given}
-        param = f"tools.{i}.parameters"
-        tools.append(Tool(function.name, function.parameters, function.strict, definition, param))
-    choice = fields.pop("tool_choice", None)
-    name = None
-    if isinstance(choice, dict):
-        _refuse_other_types(choice, "tool_choice")
-        given = {key: value for key, value in choice.items() if key != "type"}
-        name = validate(_Named, given, "tool_choice.").name
-    return _choose(tuple(tools), choice, name, fields, "tool_choice.name")
+        if is_nested:
+            name = validate(_NamedChoice, without_nulls(choice), "tool_choice.").function.name
+        else:
+            given = {key: value for key, value in choice.items() if key != "type"}
+            name = validate(_Named, given, "tool_choice.").name
+    name_param = "tool_choice.function.name" if is_nested else "tool_choice.name"
+    return _choose(tools, choice, name, fields, name_param)
 
 
 def _pop_list(fields: dict[str, Any]) -> list[Any]:
@@ -136,7 +120,7 @@ def _refuse_other_types(item: Any, param: str) -> None:
         )
 
 
-def _read_tool(item: Any, param: str) -> Tool:
+def _read_nested_tool(item: Any, param: str) -> Tool:
     _refuse_other_types(item, param)
     given = without_nulls(item)
     if isinstance(given.get("function"), dict):
@@ -144,6 +128,15 @@ def _read_tool(item: Any, param: str) -> Tool:
     function = validate(_Tool, given, f"{param}.").function
     # The model sees the definition as its training rows have it: as it was written.
     return Tool(function.name, function.parameters, function.strict, item, f"{param}.function.parameters")
+
+
+def _read_flat_tool(item: Any, param: str) -> Tool:
+    """Return a tool of a response, its definition as chats write it."""
+    _refuse_other_types(item, param)
+    given = {key: value for key, value in without_nulls(item).items() if key != "type"}
+    function = validate(_Function, given, f"{param}.")
+    definition = {"type": "function", "function": given}
+    return Tool(function.name, function.parameters, function.strict, definition, f"{param}.parameters")
 
 
 def _choose(

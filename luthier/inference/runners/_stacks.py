@@ -22,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.inference.runners._onednn import row_major
-from luthier.methods._bottleneck import ACTIVATIONS
 from luthier.methods.base import BottleneckPart, LowRankPart, ServedParts
 from luthier.modeling.protocols import UnsupportedAdapterError
 
@@ -263,7 +262,7 @@ class AdapterStacks:
         return add
 
     def _bottleneck_hook(self, stack: _Stack, activation: str, is_parallel: bool) -> Any:
-        activate = ACTIVATIONS[activation]
+        activate = getattr(nn.functional, activation)
 
         def add(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tokens = self.tokens

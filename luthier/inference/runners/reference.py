@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
+from luthier.inference.runners.paged import PagedLogits
 from luthier.methods import Installed, method_of_artifact
 from luthier.modeling.protocols import (
     AdapterId,
@@ -220,18 +221,8 @@ class ReferenceRunner:
             self.remove_adapter(adapter)
 
 
-class ReferenceLogits:
-    """Logits of a batch's wanted rows, [R, V], in the model's type."""
-
-    def __init__(self, logits_RV: torch.Tensor) -> None:
-        self._logits_RV = logits_RV
-
-    def greedy(self) -> list[int]:
-        """Return the likeliest token of each row; -1 where a row is not finite."""
-        # A NaN anywhere in a row is its maximum.
-        largest_R, tokens_R = self._logits_RV.max(dim=-1)
-        found: list[int] = tokens_R.masked_fill(~torch.isfinite(largest_R), -1).tolist()
-        return found
+class ReferenceLogits(PagedLogits):
+    """Logits whose tokens the engine draws."""
 
     def draw(
         self,
@@ -243,10 +234,6 @@ class ReferenceLogits:
     ) -> list[int | None]:
         """Leave every row to the engine."""
         return [None] * len(rows)
-
-    def rows(self, rows: Sequence[int]) -> torch.Tensor:
-        """Return some rows, float32 [R, V]."""
-        return self._logits_RV[list(rows)].float()
 
 
 class ReferenceProvider:

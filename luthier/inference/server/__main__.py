@@ -138,8 +138,8 @@ def _exit_dead() -> None:
     os._exit(_EXIT_DEAD)
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until TERM or INT.
+def serve(settings: Settings) -> None:
+    """Serve until TERM or INT, and end the process.
 
     Raises:
         LuthierError: when the settings can't be served: no token for TCP, or a socket in use.
@@ -152,9 +152,6 @@ async def serve(settings: Settings) -> None:
     # more threads than processors and let all of them sleep at once wherever they wait, which doubles the
     # time of a step.
     torch.set_num_threads(1)
-    asyncio.get_running_loop().set_default_executor(
-        ThreadPoolExecutor(thread_name_prefix="loading", initializer=torch.set_num_threads, initargs=(1,))
-    )
     # The engine's thread takes the GIL some hundred times a step; by default another thread may keep it for
     # 5 ms each time.
     sys.setswitchinterval(_SWITCH_SECONDS)
@@ -167,7 +164,6 @@ async def serve(settings: Settings) -> None:
         stall_seconds=min(settings.stall_seconds, _MAX_STALL_SECONDS),
     )
     service = Service(settings, engine, freeze_garbage)
-    engine.start()
     config = uvicorn.Config(
         build_app(service, settings, token=token),
         log_config=None,
@@ -178,12 +174,22 @@ async def serve(settings: Settings) -> None:
         ws="none",
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
-    _LOG.info("Serving on %s.", settings.inference_url)
-    await _Server(config, service).serve(sockets=[listener])
-    engine.close()
-    engine.join(timeout_seconds=0.5)
-    if socket_path is not None:
-        socket_path.unlink(missing_ok=True)
+    # uvicorn's own choice, as in the API: uvloop where there is one.
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        runner.get_loop().set_default_executor(
+            ThreadPoolExecutor(thread_name_prefix="loading", initializer=torch.set_num_threads, initargs=(1,))
+        )
+        engine.start()
+        _LOG.info("Serving on %s.", settings.inference_url)
+        runner.run(_Server(config, service).serve(sockets=[listener]))
+        engine.close()
+        engine.join(timeout_seconds=0.5)
+        if socket_path is not None:
+            socket_path.unlink(missing_ok=True)
+        logging.shutdown()
+        # A step or a load in another thread may be deep in native code; waiting for it would break the
+        # promise to stop at once, and nothing is left that needs an orderly end.
+        os._exit(0)
 
 
 def main() -> None:
@@ -194,19 +200,9 @@ def main() -> None:
     configure_logs(settings.log_level)
     raise_open_file_limit()
     try:
-        # uvicorn's own choice, as in the API: uvloop where there is one.
-        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-            runner.run(_serve_and_exit(settings))
+        serve(settings)
     except LuthierError as error:
         raise SystemExit(error.message) from error
-
-
-async def _serve_and_exit(settings: Settings) -> None:
-    await serve(settings)
-    logging.shutdown()
-    # A step or a load in another thread may be deep in native code; waiting for it would break the
-    # promise to stop at once, and nothing is left that needs an orderly end.
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -5,62 +5,63 @@ Only the API talks to it. Errors leave in OpenAI's shape; after the first byte a
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, ExceptionHandler, Receive, Scope, Send
 
-from luthier.core.errors import InvalidRequestError, LuthierError
-from luthier.core.ids import new_id
+from luthier.core.errors import (
+    InvalidRequestError,
+    LuthierError,
+    NotFoundError,
+    TooLargeError,
+    UnauthenticatedError,
+)
 from luthier.core.inference import (
     HEADER_DIGEST,
+    HEADER_TOKEN,
     HEADER_USAGE,
     LOANS_PATH,
     LoanRequest,
     MemoryLoan,
-    ModelTarget,
     TokenUsage,
 )
-from luthier.core.runtime import now_seconds
-from luthier.core.settings import Settings
+from luthier.core.settings import MIB, Settings
 from luthier.inference.engine.engine import Engine
-from luthier.inference.engine.error_reporting import to_client_error
+from luthier.inference.engine.error_reporting import log_fault, to_client_error
 from luthier.inference.engine.sequence import Piece
 from luthier.inference.models.base_models import ReadyModel, find_serving_device
 from luthier.inference.models.registry import Models, read_target
-from luthier.inference.openai.chat_request import ChatRequest, parse_chat, parse_completion
+from luthier.inference.openai.chat_request import (
+    ChatRequest,
+    CompletionRequest,
+    SamplingRequest,
+    parse_chat,
+    parse_completion,
+)
 from luthier.inference.openai.chat_response import (
     ChatFormatter,
     CompletionFormatter,
     ResponseFormatter,
-    Usage,
-    token_usage,
+    encode_json,
 )
 from luthier.inference.openai.generation import Generation, IndexedEvent
 from luthier.inference.openai.generation_request import GenerationRequest, plan_chat, plan_completion
 from luthier.inference.openai.grammar import Grammars
-from luthier.inference.openai.output_parser import PartReader, collect
-from luthier.inference.openai.responses_request import parse_response
+from luthier.inference.openai.responses_request import ResponseRequest, parse_response
 from luthier.inference.openai.responses_response import ResponsesFormatter
-from luthier.inference.openai.tool_call_parser import ToolCallParser
-from luthier.inference.server.http import (
-    EXCEPTION_HANDLERS,
-    FaultGate,
-    TokenGate,
-    json_response,
-    read_body,
-)
 from luthier.inference.server.sse import EventStream, while_connected
 from luthier.inference.server.status import Status
 
@@ -76,20 +77,12 @@ _MAX_BYTES_ON_LOOP = 64 * 1024
 _NUM_COMPILERS = 2
 # Few, so that the memory of large bodies is that of two.
 _NUM_PARSERS = 2
+MAX_BODY_BYTES = 16 * MIB
+# Where a request's scope keeps the fault that is in the log already.
+_LOGGED = "luthier.logged_fault"
 
-AskedT = TypeVar("AskedT")
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """A checked request and what its answer is made from."""
-
-    request: Request
-    target: ModelTarget
-    ready: ReadyModel
-    shape: ResponseFormatter
-    planning: Coroutine[Any, Any, GenerationRequest]
-    is_stream: bool
+ResultT = TypeVar("ResultT")
+AskedT = TypeVar("AskedT", bound=SamplingRequest)
 
 
 class Service:
@@ -114,40 +107,15 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
-        target = read_target(request.headers)
-        asked = await self._read(request, parse_chat)
-        with contextlib.ExitStack() as stack:
-            ready = await self._hold(request, target, stack)
-            shape = ChatFormatter(
-                id=new_id("chat_completion"),
-                created=now_seconds(),
-                model=target.model,
-                fingerprint=ready.served.fingerprint,
-                tokenizer=ready.base.tokenizer,
-                with_logprobs=asked.logprobs,
-                with_usage=asked.stream_options.include_usage,
-                with_content=asked.tools.mode != "required",
-            )
-            planning = self._plan_chat(asked, ready, target.project_id)
-            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
-            return await self._answer(asking, stack)
+        return await self._generate(request, parse_chat, self._plan_chat, ChatFormatter)
 
     async def response(self, request: Request) -> Response:
         """Answer POST /v1/responses."""
-        target = read_target(request.headers)
-        asked = await self._read(request, parse_response)
-        with contextlib.ExitStack() as stack:
-            ready = await self._hold(request, target, stack)
-            shape = ResponsesFormatter(
-                now_seconds(),
-                target.model,
-                asked.echo,
-                ready.base.tokenizer,
-                with_logprobs=asked.chat.logprobs,
-            )
-            planning = self._plan_response(asked.chat, ready, target.project_id)
-            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.chat.stream)
-            return await self._answer(asking, stack)
+        return await self._generate(request, parse_response, self._plan_response, ResponsesFormatter)
+
+    async def completion(self, request: Request) -> Response:
+        """Answer POST /v1/completions."""
+        return await self._generate(request, parse_completion, self._plan_completion, CompletionFormatter)
 
     async def _plan_chat(self, asked: ChatRequest, ready: ReadyModel, project_id: str) -> GenerationRequest:
         plan = partial(
@@ -163,7 +131,7 @@ class Service:
         return await asyncio.to_thread(plan)
 
     async def _plan_response(
-        self, asked: ChatRequest, ready: ReadyModel, project_id: str
+        self, asked: ResponseRequest, ready: ReadyModel, project_id: str
     ) -> GenerationRequest:
         try:
             return await self._plan_chat(asked, ready, project_id)
@@ -172,26 +140,15 @@ class Service:
                 error.param = "input"
             raise
 
-    async def completion(self, request: Request) -> Response:
-        """Answer POST /v1/completions."""
-        target = read_target(request.headers)
-        asked = await self._read(request, parse_completion)
-        with contextlib.ExitStack() as stack:
-            ready = await self._hold(request, target, stack)
-            shape = CompletionFormatter(
-                id=new_id("completion"),
-                created=now_seconds(),
-                model=target.model,
-                fingerprint=ready.served.fingerprint,
-                tokenizer=ready.base.tokenizer,
-                with_logprobs=asked.logprobs is not None,
-                with_usage=asked.stream_options.include_usage,
-            )
-            planning = asyncio.to_thread(
-                plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
-            )
-            asking = _Asking(request, target, ready, shape, planning, is_stream=asked.stream)
-            return await self._answer(asking, stack)
+    async def _plan_completion(
+        self,
+        asked: CompletionRequest,
+        ready: ReadyModel,
+        project_id: str,  # noqa: ARG002
+    ) -> GenerationRequest:
+        return await asyncio.to_thread(
+            plan_completion, asked, ready, max_cache_tokens=self._settings.max_cache_tokens
+        )
 
     async def lend(self, request: Request) -> Response:
         """Answer POST /internal/loans: lend idle pages to a job on the same device, or take them back."""
@@ -217,42 +174,52 @@ class Service:
         parsing = asyncio.get_running_loop().run_in_executor(self._parsers, parse, body)
         return await while_connected(request, parsing)
 
-    async def _hold(self, request: Request, target: ModelTarget, stack: contextlib.ExitStack) -> ReadyModel:
-        """Return the target's model, which stays in memory until the stack is closed."""
-        ready = await while_connected(request, self.models.hold(target))
-        stack.callback(self.models.release, ready)
-        return ready
+    async def _generate(
+        self,
+        request: Request,
+        parse: Callable[[bytes], AskedT],
+        plan: Callable[[AskedT, ReadyModel, str], Coroutine[Any, Any, GenerationRequest]],
+        make_formatter: Callable[[AskedT, str, ReadyModel], ResponseFormatter],
+    ) -> Response:
+        """Check a request, hold its model, plan the answers, submit them, and answer."""
+        target = read_target(request.headers)
+        asked = await self._read(request, parse)
+        with contextlib.ExitStack() as stack:
+            ready = await while_connected(request, self.models.hold(target))
+            stack.callback(self.models.release, ready)
+            formatter = make_formatter(asked, target.model, ready)
+            with self._engine.expecting():
+                planned = await while_connected(request, plan(asked, ready, target.project_id))
+                generation = Generation(self._engine, ready, planned, project_id=target.project_id)
+                generation.submit()
+            self._open.add(generation)
+            stack.callback(self._open.discard, generation)
+            stack.callback(generation.cancel)
+            headers = {HEADER_DIGEST: ready.served.full_digest}
+            if not asked.stream:
+                return await self._answer(request, formatter, generation, headers)
+            streamed = StreamedAnswer(formatter, generation, reports_usage=HEADER_USAGE in request.headers)
+            # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
+            begun = await while_connected(request, streamed.start())
+            headers[HEADER_USAGE] = TokenUsage(generation.num_prompt_tokens, 0, 0).to_text()
+            # The stream takes over what has to be given back.
+            release = stack.pop_all()
 
-    async def _answer(self, asking: _Asking, stack: contextlib.ExitStack) -> Response:
-        """Answer, with all that has to be given back on the stack, which a stream takes over."""
-        request, shape = asking.request, asking.shape
-        headers = {HEADER_DIGEST: asking.ready.served.full_digest}
-        with self._engine.expecting():
-            plan = await while_connected(request, asking.planning)
-            generation = Generation(self._engine, asking.ready, plan, project_id=asking.target.project_id)
-            generation.submit()
-        self._open.add(generation)
-        stack.callback(self._open.discard, generation)
-        stack.callback(generation.cancel)
-        if not asking.is_stream:
-            collecting = collect(generation.events(), plan.make_reader, plan.num_choices)
-            answers = await while_connected(request, collecting)
-            counted = usage_of(generation)
-            headers[HEADER_USAGE] = token_usage(counted).to_text()
-            if sum(len(answer.choices) for answer in answers) > _MAX_CHOICES_AT_ONCE:
-                return json_response(await asyncio.to_thread(shape.whole, answers, counted), headers=headers)
-            return json_response(shape.whole(answers, counted), headers=headers)
-        reports_usage = HEADER_USAGE in request.headers
-        streamed = StreamedAnswer(shape, generation, plan.make_reader, reports_usage=reports_usage)
-        # A failure before the first part is an ordinary HTTP error, not a stream that begins with one.
-        begun = await while_connected(request, streamed.start())
-        headers[HEADER_USAGE] = TokenUsage(generation.num_prompt_tokens, 0, 0).to_text()
-        release = stack.pop_all()
+            async def close() -> None:
+                release.close()
 
-        async def close() -> None:
-            release.close()
+            return EventStream(streamed.pieces(begun), close, headers)
 
-        return EventStream(streamed.pieces(begun), close, headers)
+    async def _answer(
+        self, request: Request, formatter: ResponseFormatter, generation: Generation, headers: dict[str, str]
+    ) -> Response:
+        """Return a whole answer."""
+        answers = await while_connected(request, generation.collect())
+        usage = generation.usage
+        headers[HEADER_USAGE] = usage.to_text()
+        if sum(len(answer.choices) for answer in answers) > _MAX_CHOICES_AT_ONCE:
+            return json_response(await asyncio.to_thread(formatter.whole, answers, usage), headers=headers)
+        return json_response(formatter.whole(answers, usage), headers=headers)
 
 
 def build_app(service: Service, settings: Settings, *, token: str | None) -> ASGIApp:
@@ -314,8 +281,6 @@ async def _drop_deleted(models: Models) -> None:
             _LOG.warning("Deleted models are looked for again later: %s", error)
 
 
-ResultT = TypeVar("ResultT")
-
 # The threads of a step wait for each other, and so for one whose processor another thread has.
 _NICENESS = 10
 
@@ -354,27 +319,19 @@ class StreamedAnswer:
     """The answers to one request, from the engine's events to bytes.
 
     Args:
-        make_reader: as PartReader takes it.
         reports_usage: whether an event of the usage goes before the last ones.
     """
 
     def __init__(
-        self,
-        shape: ResponseFormatter,
-        generation: Generation,
-        make_reader: Callable[[], ToolCallParser | None],
-        *,
-        reports_usage: bool = False,
+        self, formatter: ResponseFormatter, generation: Generation, *, reports_usage: bool = False
     ) -> None:
         self._reports_usage = reports_usage
-        self._shape = shape
+        self._formatter = formatter
         self._generation = generation
-        self._reader = PartReader(make_reader)
-        self._passes_text = self._reader.passes_text and not generation.has_echoes
 
     async def start(self) -> bytes:
         """Wait for the first part and return the events up to it."""
-        first = self._shape.first_events(len(self._generation.sequences))
+        first = self._formatter.first_events(len(self._generation.sequences))
         events: list[bytes] = []
         while not events:
             events = self._encode(await self._generation.next_events())
@@ -389,25 +346,120 @@ class StreamedAnswer:
                 if events:
                     yield b"".join(events)
         except Exception as error:  # noqa: BLE001 - the client gets an error event, whatever failed
-            yield b"".join(self._shape.error_events(to_client_error(_LOG, "A stream", error)))
+            yield b"".join(self._formatter.error_events(to_client_error(_LOG, "A stream", error)))
 
     def _encode(self, arrived: list[IndexedEvent]) -> list[bytes]:
         events: list[bytes] = []
+        passes_text = self._generation.passes_text
         for index, event in arrived:
-            if self._passes_text and isinstance(event, Piece) and not event.choices:
+            if passes_text and isinstance(event, Piece) and not event.choices:
                 # Nearly every event is one: all that others need takes several times as long.
-                events.append(self._shape.text_event(index, event.text))
+                events.append(self._formatter.text_event(index, event.text))
                 continue
-            for part in self._reader.read(index, event):
-                events += self._shape.part_events(part)
+            for part in self._generation.read(index, event):
+                events += self._formatter.part_events(part)
         if not self._generation.is_open:
-            counted = usage_of(self._generation)
+            usage = self._generation.usage
             if self._reports_usage:
-                events.append(token_usage(counted).to_event())
-            events += self._shape.last_events(counted)
+                events.append(usage.to_event())
+            events += self._formatter.last_events(usage)
         return events
 
 
-def usage_of(generation: Generation) -> Usage:
-    """Return the tokens of a generation so far."""
-    return Usage(generation.num_prompt_tokens, generation.num_completion_tokens)
+async def read_body(request: Request) -> bytes:
+    """Read a request's body.
+
+    Raises:
+        TooLargeError: when it is longer than MAX_BODY_BYTES.
+    """
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise TooLargeError(f"The request is larger than {MAX_BODY_BYTES // MIB} MiB.", param="messages")
+    return bytes(body)
+
+
+def json_response(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a response with a value as JSON."""
+    return Response(encode_json(value), status, headers, media_type="application/json")
+
+
+def _error_response(error: LuthierError) -> Response:
+    headers = {"retry-after": str(error.retry_after_seconds)} if error.retryable else None
+    return json_response(error.to_body(), status=error.http_status, headers=headers)
+
+
+async def _on_luthier_error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, LuthierError)
+    return _error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    body = NotFoundError(f"{request.method} {request.url.path[:80]} is not offered by the model server.")
+    return json_response(body.to_body(), status=error.status_code)
+
+
+async def _on_disconnect(_request: Request, _error: Exception) -> Response:
+    # The client is gone; 499 is the customary status for the access log.
+    return Response(status_code=499)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    request.scope[_LOGGED] = error
+    return _error_response(to_client_error(_LOG, "A request", error))
+
+
+class FaultGate:
+    """Log a fault by its kind and place, and keep it from the web server, which would log its text too."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        except Exception as error:  # noqa: BLE001 - the process must outlive any fault of one request
+            # Starlette raises it again after `_on_fault` answered. A response that had begun stays
+            # incomplete, and the web server closes its connection.
+            if scope.get(_LOGGED) is not error:
+                log_fault(_LOG, "A request", error)
+
+
+class TokenGate:
+    """Refuse requests without the internal token.
+
+    Args:
+        token: the token, not empty.
+    """
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        if scope["type"] == "http" and scope["path"] != "/healthz":
+            headers = dict(scope["headers"])
+            given = headers.get(HEADER_TOKEN.encode(), b"")
+            if not given and scope["path"] == "/metrics":
+                # Prometheus can send a bearer token everywhere, other headers only in newer versions.
+                given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+            if not hmac.compare_digest(given, self._token):
+                error = UnauthenticatedError(f"The header {HEADER_TOKEN} is missing or wrong.")
+                await _error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+EXCEPTION_HANDLERS: dict[type[Exception], ExceptionHandler] = {
+    LuthierError: _on_luthier_error,
+    HTTPException: _on_http_error,
+    ClientDisconnect: _on_disconnect,
+    Exception: _on_fault,
+}

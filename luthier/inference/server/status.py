@@ -3,31 +3,34 @@
 Read on the event loop while the engine's thread works; nothing here waits for that thread.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from luthier.core.settings import Settings
 from luthier.inference.engine.engine import Engine
-from luthier.inference.engine.metrics import MetricsCollector, counter, gauge, histogram
+from luthier.inference.engine.step import Histogram
 from luthier.inference.models.loading import Kind
 from luthier.inference.models.registry import Models
-from luthier.inference.server.http import json_response
+
+_PREFIX = "luthier_inference_"
 
 
-class Status:
-    """The endpoints for health, state and metrics."""
+class Status(Collector):
+    """The endpoints for health, state and metrics, and what prometheus-client asks for these."""
 
     def __init__(self, settings: Settings, engine: Engine, models: Models) -> None:
         self._settings = settings
         self._engine = engine
         self._models = models
         self._registry = CollectorRegistry()
-        self._registry.register(MetricsCollector(self._collect))
+        self._registry.register(self)
 
     @property
     def is_ready(self) -> bool:
@@ -39,11 +42,11 @@ class Status:
     async def health(self, _request: Request) -> Response:
         """Return whether the process answers, and whether its preloaded base does."""
         base = self._settings.preload_base
-        return json_response({"status": "ok", "base": base, "ready": self.is_ready})
+        return JSONResponse({"status": "ok", "base": base, "ready": self.is_ready})
 
     async def state(self, _request: Request) -> Response:
         """Return what the API chooses a replica by."""
-        return json_response(
+        return JSONResponse(
             {
                 "ready": self.is_ready,
                 "bases": self._models.base_ids,
@@ -62,7 +65,8 @@ class Status:
         encode, media_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(self._registry), media_type=media_type)
 
-    def _collect(self) -> Iterator[Metric]:
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metrics of this moment."""
         steps, loaded = self._engine.measures, self._models.loaded
         yield counter("tokens_generated", "Tokens of answers.", steps.num_tokens)
         yield counter("prompt_tokens", "Tokens of prompts.", steps.num_prompt_tokens)
@@ -90,3 +94,34 @@ class Status:
         yield gauge("model_bytes_max", "Memory for these.", {k: v.max_bytes for k, v in held.items()})
         yield counter("model_loads", "Loads.", {k: v.num_loads for k, v in held.items()})
         yield counter("model_evictions", "Evictions.", {k: v.num_evictions for k, v in held.items()})
+
+
+def counter(name: str, meaning: str, values: int | Mapping[str, int]) -> Metric:
+    """Return a counter, or one for each kind of models; `name` without `_total`."""
+    return _with_values(CounterMetricFamily, name, meaning, values)
+
+
+def gauge(name: str, meaning: str, values: int | Mapping[str, int]) -> Metric:
+    """Return a gauge, or one for each kind of models."""
+    return _with_values(GaugeMetricFamily, name, meaning, values)
+
+
+def histogram(name: str, meaning: str, measured: Histogram) -> Metric:
+    """Return a histogram; a bound counts all that is at or below it."""
+    bounds = [*(str(float(bound)) for bound in measured.bounds), "+Inf"]
+    buckets = [*zip(bounds, accumulate(list(measured.counts)), strict=True)]
+    return HistogramMetricFamily(_PREFIX + name, meaning, buckets=buckets, sum_value=measured.sum)
+
+
+def _with_values(
+    family: type[CounterMetricFamily | GaugeMetricFamily],
+    name: str,
+    meaning: str,
+    values: int | Mapping[str, int],
+) -> Metric:
+    if not isinstance(values, Mapping):
+        return family(_PREFIX + name, meaning, value=values)
+    made = family(_PREFIX + name, meaning, labels=["kind"])
+    for kind, value in values.items():
+        made.add_metric([kind], value)
+    return made

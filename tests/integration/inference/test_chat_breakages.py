@@ -17,7 +17,7 @@ from openai.types.responses import response_create_params
 from pydantic import BaseModel
 
 from luthier.core.errors import UnavailableError
-from luthier.inference.engine.ngram_proposer import NgramProposer
+from luthier.inference.engine.scheduler import NgramProposer
 from luthier.inference.engine.sequence import Sequence
 from tests.conftest import Api
 from tests.tools_base import TOOLS_BASE_ID

@@ -12,8 +12,7 @@ from luthier.core.errors import ArtifactCorruptError, SelfCheckError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import CANARY_NAME, Canary
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.verification.adapter_check import verify_adapter
-from luthier.inference.verification.checks import check_canary, read_canary
+from luthier.inference.verification.checks import check_canary, read_canary, verify_adapter
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from tests.tiny import BASE_ID, build_tiny_base
@@ -113,13 +112,13 @@ def test_rounding_is_allowed_for_where_either_side_rounds() -> None:
     logits_V = torch.randn(300, generator=torch.Generator().manual_seed(0))
     near_V = logits_V * 1.02
     with pytest.raises(SelfCheckError):
-        check_canary(canary_of(logits_V), torch.float32, lambda _: near_V)
-    check_canary(canary_of(logits_V), torch.bfloat16, lambda _: near_V)
-    check_canary(canary_of(logits_V, "bfloat16"), torch.float32, lambda _: near_V)
+        check_canary(canary_of(logits_V), "float32", near_V)
+    check_canary(canary_of(logits_V), "bfloat16", near_V)
+    check_canary(canary_of(logits_V, "bfloat16"), "float32", near_V)
     with pytest.raises(SelfCheckError):
-        check_canary(canary_of(logits_V), torch.bfloat16, lambda _: logits_V.flip(0))
+        check_canary(canary_of(logits_V), "bfloat16", logits_V.flip(0))
     with pytest.raises(SelfCheckError):
-        check_canary(canary_of(logits_V), torch.bfloat16, lambda _: logits_V * torch.nan)
+        check_canary(canary_of(logits_V), "bfloat16", logits_V * torch.nan)
 
 
 def test_as_much_rounding_is_allowed_for_as_training_measured_and_no_more_than_excuses_other_weights() -> (
@@ -137,7 +136,7 @@ def test_as_much_rounding_is_allowed_for_as_training_measured_and_no_more_than_e
         measured = canary.model_copy(update={"rounding": rounding})
 
         def prove(measured: Canary = measured, served_V: torch.Tensor = logits_V * scale) -> None:
-            check_canary(measured, torch.bfloat16, lambda _: served_V)
+            check_canary(measured, "bfloat16", served_V)
 
         if is_served:
             prove()
@@ -151,9 +150,9 @@ def test_as_much_rounding_is_allowed_for_as_training_measured_and_no_more_than_e
 
 def test_an_older_artifact_has_none_and_a_broken_one_is_refused(tmp_path: Path) -> None:
     assert read_canary(tmp_path) is None
-    check_canary(None, torch.float32, lambda _: torch.zeros(3))
+    check_canary(None, "float32", torch.zeros(3))
     (tmp_path / CANARY_NAME).write_text("{}")
     with pytest.raises(ArtifactCorruptError):
         read_canary(tmp_path)
     with pytest.raises(ArtifactCorruptError):
-        check_canary(canary_of(torch.arange(300.0)), torch.float32, lambda _: torch.zeros(20))
+        check_canary(canary_of(torch.arange(300.0)), "float32", torch.zeros(20))

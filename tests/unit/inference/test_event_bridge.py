@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.inference.engine.event_bridge import EventBridge
+from luthier.inference.engine.engine import EventBridge
 from luthier.inference.engine.sequence import SamplingOptions, Sequence
 from luthier_cpu.codegen.openmp import Program
 from tests.tiny import BASE_ID, build_tiny_base

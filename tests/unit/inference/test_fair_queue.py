@@ -4,7 +4,7 @@ import gc
 import weakref
 from typing import Any
 
-from luthier.inference.engine.fair_queue import FairQueue, WaitingShares
+from luthier.inference.engine.scheduler import FairQueue, WaitingShares
 from luthier.inference.engine.sequence import SamplingOptions, Sequence
 
 

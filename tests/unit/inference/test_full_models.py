@@ -13,7 +13,7 @@ from luthier.inference.models.artifact_cache import verify_copy
 from luthier.inference.models.base_models import LoadedBase, ServedModel
 from luthier.inference.models.loading import Kind, measure_weights
 from luthier.inference.models.registry import read_target
-from luthier.inference.verification.adapter_check import Text, probe
+from luthier.inference.verification.checks import Text, probe
 from luthier.methods import discover
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (

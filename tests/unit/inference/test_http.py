@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from luthier.inference.server.http import EXCEPTION_HANDLERS, FaultGate
+from luthier.inference.server.app import EXCEPTION_HANDLERS, FaultGate
 
 SECRET = "swordfish"
 

@@ -17,7 +17,7 @@ from luthier.inference.models.base_models import LoadedBase, ReadyModel
 from luthier.inference.runners.paged import PagedRunner
 from luthier.inference.runners.reference import ReferenceRunner
 from luthier.inference.runners.registry import find_providers
-from luthier.inference.verification.adapter_check import Text, probe
+from luthier.inference.verification.checks import Text, probe
 from luthier.methods import discover
 from luthier.methods.base import Installed
 from luthier.methods.lora import Lora

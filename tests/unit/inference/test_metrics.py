@@ -1,16 +1,13 @@
 """Steps are counted once each, and told as Prometheus reads them."""
 
-from prometheus_client import CollectorRegistry, generate_latest
+from collections.abc import Iterator
 
-from luthier.inference.engine.metrics import (
-    Histogram,
-    MetricsCollector,
-    StepMetrics,
-    counter,
-    gauge,
-    histogram,
-)
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.registry import Collector
+
 from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
+from luthier.inference.engine.step import Histogram, StepMetrics
+from luthier.inference.server.status import counter, gauge, histogram
 
 
 class _Silent:
@@ -77,13 +74,15 @@ def test_the_text_is_prometheus_own() -> None:
     measured = Histogram((0.5, 1.0))
     for value in (0.25, 0.5, 0.75, 4.0):
         measured.observe(value)
+
+    class Metrics(Collector):
+        def collect(self) -> Iterator[Metric]:
+            yield counter("steps", "Steps.", 3)
+            yield gauge("models", "Models.", {"packed": 2, "whole": 0})
+            yield histogram("wait_seconds", "Waits.", measured)
+
     registry = CollectorRegistry()
-    metrics = [
-        counter("steps", "Steps.", 3),
-        gauge("models", "Models.", {"packed": 2, "whole": 0}),
-        histogram("wait_seconds", "Waits.", measured),
-    ]
-    registry.register(MetricsCollector(lambda: metrics))
+    registry.register(Metrics())
     # A bound counts what lies at or below it, and everything that a smaller bound counts.
     assert generate_latest(registry).decode() == (
         "# HELP luthier_inference_steps_total Steps.\n"

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from luthier.inference.engine.ngram_proposer import NgramProposer, least_chance, room_for_drafts
+from luthier.inference.engine.scheduler import NgramProposer, least_chance, room_for_drafts
 from luthier.inference.engine.sequence import (
     Finish,
     ModelKey,

@@ -22,7 +22,7 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.engine.step import BatchExecutor
-from luthier.inference.verification.adapter_check import verify_adapter
+from luthier.inference.verification.checks import verify_adapter
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, RunnerLimits
 from luthier_cpu.decode.batch import Stretch

@@ -1,13 +1,14 @@
 """A text on its way out: what is made once for all of an answer's chunks gives the bytes of each."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.inference.openai.chat_response import ChatFormatter, ChoicesShape, CompletionFormatter
-from luthier.inference.openai.output_parser import Part
+from luthier.inference.openai.chat_response import ChatFormatter, ChoicesFormatter, CompletionFormatter
+from luthier.inference.openai.generation import Part
 from tests.tiny import BASE_ID, build_tiny_base
 
 TEXTS = ["a", "", ' "quoted" \\ and {"content":null}', "zwölf 🧵\n\t", "\0text\0", "</s>\u2028"]
@@ -19,15 +20,16 @@ TEXTS = ["a", "", ' "quoted" \\ and {"content":null}', "zwölf 🧵\n\t", "\0tex
 def test_a_text_is_the_event_of_its_part(
     tmp_path: Path, make: Any, with_usage: bool, with_logprobs: bool
 ) -> None:
-    shape: ChoicesShape = make(
-        id="chatcmpl-1",
-        created=7,
-        model='ft:base:text"null',
-        fingerprint="fp_1",
-        tokenizer=Tokenizer.load(build_tiny_base(tmp_path / BASE_ID)),
-        with_logprobs=with_logprobs,
-        with_usage=with_usage,
+    asked: Any = SimpleNamespace(
+        num_logprobs=0 if with_logprobs else None,
+        stream_options=SimpleNamespace(include_usage=with_usage),
+        must_call=False,
     )
+    tokenizer = Tokenizer.load(build_tiny_base(tmp_path / BASE_ID))
+    ready: Any = SimpleNamespace(
+        served=SimpleNamespace(fingerprint="fp_1"), base=SimpleNamespace(tokenizer=tokenizer)
+    )
+    shape: ChoicesFormatter = make(asked, 'ft:base:text"null', ready)
     for index in (0, 2, 0):
         for text in TEXTS:
             assert shape.text_event(index, text) == b"".join(shape.part_events(Part(index, text)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.inference.engine.thread_governor import ThreadGovernor, Waited, read_waits
+from luthier.inference.engine.engine import ThreadGovernor, Waited, read_waits
 
 
 class _Machine:

@@ -12,9 +12,15 @@ from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.openai.grammar import CompiledGrammar, Grammars
 from luthier.inference.openai.structured_output import choose_grammar
-from luthier.inference.openai.tool_call_parser import CallArguments, CallBegun, ToolCallParser
-from luthier.inference.openai.tool_calls import CallSyntax, find_syntax, render_calls
-from luthier.inference.openai.tools import Tools, read_chat_tools
+from luthier.inference.openai.tool_calls import (
+    CallArguments,
+    CallBegun,
+    CallSyntax,
+    ToolCallParser,
+    find_syntax,
+    render_calls,
+)
+from luthier.inference.openai.tools import Tools, read_tools
 from tests.tiny import write_tokenizer
 
 _TURNS = (
@@ -201,7 +207,7 @@ def tools(choice: Any = None, *, strict: bool = False, is_parallel: bool = True)
         {"type": "function", "function": {"name": "look", "parameters": parameters, "strict": strict}},
         {"type": "function", "function": {"name": "go", "parameters": {"not": {}}}},
     ]
-    return read_chat_tools({"tools": given, "tool_choice": choice, "parallel_tool_calls": is_parallel})
+    return read_tools({"tools": given, "tool_choice": choice, "parallel_tool_calls": is_parallel})
 
 
 def grammar_of(kind: str, tokenizer: Tokenizer, asked: Tools, answer: Any = None) -> CompiledGrammar | None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from luthier.core.specs import BaseFacts
-from luthier.inference.models import base_models, loading, weight_type
-from luthier.inference.models.base_models import LoadedBase
-from luthier.inference.models.weight_type import choose_dtype
+from luthier.inference.models import base_models, loading
+from luthier.inference.models.base_models import LoadedBase, choose_dtype
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_tiny
@@ -27,7 +26,7 @@ def facts(tmp_path: Path) -> BaseFacts:
 def test_bfloat16_is_taken_where_the_device_multiplies_it_in_hardware(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool
 ) -> None:
-    monkeypatch.setattr(weight_type, "cpu_multiplies_bf16", lambda: has_it)
+    monkeypatch.setattr(base_models, "cpu_multiplies_bf16", lambda: has_it)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_it or including_emulation
     )
@@ -68,7 +67,7 @@ def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_s
     tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings(tmp_path, inference_dtype="auto")
-    monkeypatch.setattr(weight_type, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(base_models, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr(loading, "_EXACT_SECONDS", 0.0)
     base, tuning = base_models.load(settings, BASE_ID), {"type": "lora", "rank": 2}
     folder = tmp_path / "bases" / facts.id
