@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import hypothesis
+import openai
 import psycopg
 import pytest
 import uvicorn
@@ -232,31 +234,102 @@ def make_settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settin
 
 
 @dataclass
-class Api:
+class ProjectClient:
+    """Plain HTTP requests with a project's key; a path is what follows /v1."""
+
+    http: httpx2.Client
+    key: str
+    # Of other projects only.
+    project_id: str = ""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def ask(self, method: str, path: str, body: Any = None, **options: Any) -> httpx2.Response:
+        headers = self.headers | options.pop("headers", {})
+        return self.http.request(method, f"/v1{path}", json=body, headers=headers, **options)
+
+    def ok(self, method: str, path: str, body: Any = None, **options: Any) -> dict[str, Any]:
+        """Return the body of an answer that must be 200."""
+        answer = self.ask(method, path, body, **options)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def refused(
+        self, method: str, path: str, body: Any = None, **options: Any
+    ) -> tuple[int, str, str | None, str]:
+        """Return status, code, field and message of an answer that must be an error."""
+        answer = self.ask(method, path, body, **options)
+        assert answer.status_code >= 400, answer.text
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return answer.status_code, error["code"], error["param"], error["message"]
+
+    def sdk(self, *, is_strict: bool = True) -> openai.OpenAI:
+        """The SDK, which repeats nothing; a strict one refuses what its own types do not describe."""
+        return openai.OpenAI(
+            base_url=f"{self.http.base_url}/v1",
+            api_key=self.key,
+            max_retries=0,
+            _strict_response_validation=is_strict,
+        )
+
+    def upload(self, content: bytes, name: str = "rows.jsonl", **options: Any) -> httpx2.Response:
+        """Upload a training file."""
+        form = {"purpose": (None, "fine-tune"), "file": (name, content)}
+        return self.ask("POST", "/files", files=form, **options)
+
+    def upload_file(self, content: bytes) -> str:
+        """Upload a training file that is accepted, and return its id."""
+        answer = self.upload(content)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["id"])
+
+    def create_job(self, file_id: str, **body: Any) -> dict[str, Any]:
+        return self.ok("POST", "/fine_tuning/jobs", {"model": TINY_BASE, "training_file": file_id} | body)
+
+    def other_project(self, name: str = "other") -> "ProjectClient":
+        """Make a key of another project, and speak with it."""
+        made = self.ok("POST", "/keys", {"name": name, "project": name})
+        return ProjectClient(self.http, made["key"], made["project_id"])
+
+
+@dataclass(kw_only=True)
+class Api(ProjectClient):
     """A served API and what is behind it."""
 
     base_url: str
-    key: str
     state: AppState
     backend: FakeBackend
     notified: list[str] = field(default_factory=list)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """Return the headers of an authorised request."""
-        return {"Authorization": f"Bearer {self.key}"}
+    def stored_objects(self) -> list[str]:
+        """Return the names of all objects in storage, without their prefixes, sorted."""
+        root = self.state.storage.local_root
+        assert root is not None
+        return sorted(path.name for path in root.rglob("*") if path.is_file())
 
 
 @pytest.fixture
-def api(settings: Settings, database: Database) -> Iterator[Api]:
-    """The API over HTTP with real PostgreSQL and storage; a fake inference server, recorded notifications."""
-    with serve_api(settings, database) as served:
+def api(request: pytest.FixtureRequest) -> Iterator[Api]:
+    """The API over HTTP with real PostgreSQL and storage; a fake inference server, recorded notifications.
+
+    A module marked `shared_api` has one for all its tests, of which each finds the recordings empty.
+    """
+    if request.node.get_closest_marker("shared_api"):
+        shared: Api = request.getfixturevalue("module_api")
+        shared.notified.clear()
+        shared.backend.asked.clear()
+        yield shared
+        return
+    with serve_api(request.getfixturevalue("settings"), request.getfixturevalue("database")) as served:
         yield served
 
 
 @pytest.fixture(scope="module")
 def module_api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """As `api`, one for all tests of a module."""
     with fresh_database(postgres) as database:
         settings = make_settings(database, tiny_base, tmp_path_factory.mktemp("module"))
         with serve_api(settings, database) as served:
@@ -299,8 +372,9 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
     try:
         wait_until(lambda: server.started, what="the API serves")
         port = server.servers[0].sockets[0].getsockname()[1]
-        key = settings.bootstrap_api_key.get_secret_value()
-        yield Api(f"http://127.0.0.1:{port}", key, state, backend, notified)
+        key, base_url = settings.bootstrap_api_key.get_secret_value(), f"http://127.0.0.1:{port}"
+        with httpx2.Client(base_url=base_url) as http:
+            yield Api(http, key, base_url=base_url, state=state, backend=backend, notified=notified)
     finally:
         server.should_exit = True
         thread.join(timeout=15)

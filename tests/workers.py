@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx2
+
+from db.session import Database
 from luthier.core.settings import Settings
-from tests.stack import ROOT, descendants
+from services.bootstrap import ensure_first_rows
+from tests.conftest import ProjectClient, wait_until
+from tests.stack import ROOT, descendants, free_port
 
 
 @dataclass
@@ -50,18 +55,19 @@ def environment_of(settings: Settings, **changes: object) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running_worker(
-    settings: Settings, log_path: Path, *arguments: str, **environment: str
+    settings: Settings, log_path: Path, *arguments: str, module: str = "worker", **environment: str
 ) -> Iterator[Worker]:
     """Run a worker over the settings; killed at the end if it still runs.
 
     Args:
         log_path: where its output goes.
         *arguments: of `python -m worker`.
+        module: another process of the service.
         **environment: further variables.
     """
     with log_path.open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "worker", *arguments],
+            [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
             env=environment_of(settings) | environment,
             stdout=log,
@@ -78,3 +84,28 @@ def running_worker(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def running_api(
+    settings: Settings, database: Database, log_path: Path, **environment: str
+) -> Iterator[tuple[Worker, ProjectClient]]:
+    """Run an API over the settings, without a broker; ready when it is yielded."""
+    with database.transaction() as session:
+        ensure_first_rows(session, settings)
+    port, broker = free_port(), {"LUTHIER_REDIS_URL": "redis+socket:///nowhere"}
+    with (
+        running_worker(
+            settings, log_path, "--port", str(port), module="api", **broker | environment
+        ) as process,
+        httpx2.Client(base_url=f"http://127.0.0.1:{port}") as http,
+    ):
+        wait_until(lambda: _is_ready(http), what="the API is ready")
+        yield process, ProjectClient(http, settings.bootstrap_api_key.get_secret_value())
+
+
+def _is_ready(http: httpx2.Client) -> bool:
+    try:
+        return http.get("/readyz").status_code == 200
+    except httpx2.TransportError:
+        return False

@@ -8,23 +8,37 @@ import pytest
 
 from luthier.core.settings import Settings
 from luthier.webhooks.events import EVENT_TYPES
+from tests.aliases import Aliases, make_ours
 from tests.conftest import Api
 from tests.receiver import Receiver, running_receiver
+from tests.rows import colour_rows, jsonl
 from tests.training import make_worker
 from worker.context import WorkerContext
 
 
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
-    """The SDK, which refuses an answer that its own types do not describe, and repeats nothing."""
-    return openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
+    return api.sdk()
+
+
+@pytest.fixture
+def file_id(api: Api) -> str:
+    return api.upload_file(jsonl(colour_rows()))
 
 
 @pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
     return make_worker(settings, api)
+
+
+@pytest.fixture
+def ours(api: Api) -> Aliases:
+    return make_ours(api)
+
+
+@pytest.fixture
+def theirs(api: Api) -> Aliases:
+    return Aliases(api.http, api.other_project().key)
 
 
 @pytest.fixture

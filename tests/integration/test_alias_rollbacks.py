@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from collections.abc import Callable, Iterable
 from itertools import cycle
 
 import httpx2
@@ -14,13 +15,33 @@ from db.tables import Model
 from luthier.core.inference import ModelTarget
 from luthier.serving.base import Reply
 from services.models import aliases
-from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, make_ours, scope_of
+from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, scope_of
 from tests.conftest import TINY_BASE, Api
+
+Put = Callable[[Iterable[str]], None]
 
 
 @pytest.fixture
-def ours(api: Api) -> Aliases:
-    return make_ours(api)
+def put_meanwhile(ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch) -> Put:
+    """Let another request point the alias while the server loads a model, once for each that is named."""
+    answer, scope = api.backend.complete, scope_of(api)
+
+    def prepare(models: Iterable[str]) -> None:
+        left = iter(models)
+
+        async def complete(path: str, body: bytes, target: ModelTarget) -> Reply:
+            if (model := next(left, None)) is not None:
+                with api.state.database.transaction() as session:
+                    aliases.put(session, scope, api.state.catalogue, "prod", model)
+            return await answer(path, body, target)
+
+        monkeypatch.setattr(api.backend, "complete", complete)
+
+    return prepare
+
+
+def _models(ours: Aliases) -> list[str]:
+    return [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]]
 
 
 def test_an_alias_goes_back_only_to_what_a_server_could_load(ours: Aliases, api: Api) -> None:
@@ -40,24 +61,14 @@ def test_an_alias_goes_back_only_to_what_a_server_could_load(ours: Aliases, api:
 
 
 def test_a_rollback_begins_anew_where_the_alias_was_pointed_elsewhere_meanwhile(
-    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+    ours: Aliases, put_meanwhile: Put
 ) -> None:
     ours.put("prod", V1)
     ours.put("prod", V2)
-    answer, state, scope = api.backend.complete, api.state, scope_of(api)
-
-    async def put_meanwhile(path: str, body: bytes, target: ModelTarget) -> Reply:
-        monkeypatch.undo()
-        with state.database.transaction() as session:
-            aliases.put(session, scope, state.catalogue, "prod", CHECKPOINT)
-        return await answer(path, body, target)
-
-    monkeypatch.setattr(api.backend, "complete", put_meanwhile)
+    put_meanwhile([CHECKPOINT])
     # What was before the checkpoint, not what was before what it replaced.
     assert ours.ok("POST", "/aliases/prod/rollback")["model"] == V2
-    assert [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]] == [
-        V2, CHECKPOINT, V2, V1,
-    ]  # fmt: skip
+    assert _models(ours) == [V2, CHECKPOINT, V2, V1]
 
 
 def test_a_rollback_to_other_weights_is_refused_before_they_are_loaded(ours: Aliases, api: Api) -> None:
@@ -73,52 +84,33 @@ def test_a_rollback_to_other_weights_is_refused_before_they_are_loaded(ours: Ali
 
 
 def test_a_rollback_whose_alias_is_pointed_elsewhere_every_time_gives_up(
-    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+    ours: Aliases, put_meanwhile: Put
 ) -> None:
     ours.put("prod", V1)
     ours.put("prod", V2)
-    answer, state, scope, others = api.backend.complete, api.state, scope_of(api), cycle((CHECKPOINT, V1, V2))
-
-    async def put_meanwhile(path: str, body: bytes, target: ModelTarget) -> Reply:
-        with state.database.transaction() as session:
-            aliases.put(session, scope, state.catalogue, "prod", next(others))
-        return await answer(path, body, target)
-
-    monkeypatch.setattr(api.backend, "complete", put_meanwhile)
+    put_meanwhile(cycle((CHECKPOINT, V1, V2)))
     status, _, _, message = ours.refused("POST", "/aliases/prod/rollback", None)
     assert status == 503
     assert "again and again" in message
-    monkeypatch.undo()
     # Where the last of the others left it.
-    versions = [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]]
+    versions = _models(ours)
     assert versions[-2:] == [V2, V1]
     assert set(versions[:-2]) <= {CHECKPOINT, V1, V2}
     assert ours.ok("GET", "/aliases/prod")["model"] == versions[0]
 
 
 def test_a_put_does_not_undo_what_was_asked_for_while_its_model_was_loaded(
-    ours: Aliases, api: Api, monkeypatch: pytest.MonkeyPatch
+    ours: Aliases, put_meanwhile: Put
 ) -> None:
     ours.put("prod", V1)
-    answer, state, scope = api.backend.complete, api.state, scope_of(api)
-
-    def meanwhile(model: str) -> None:
-        async def put(path: str, body: bytes, target: ModelTarget) -> Reply:
-            monkeypatch.undo()
-            with state.database.transaction() as session:
-                aliases.put(session, scope, state.catalogue, "prod", model)
-            return await answer(path, body, target)
-
-        monkeypatch.setattr(api.backend, "complete", put)
-
-    meanwhile(CHECKPOINT)
+    put_meanwhile([CHECKPOINT])
     status, code, param, message = ours.refused("PUT", "/aliases/prod", {"model": V2})
     # 409 and 503 would be sent again by clients themselves.
     assert (status, code, param) == (400, "invalid_value", "name")
     assert "changed by somebody else" in message
     assert ours.ok("GET", "/aliases/prod")["model"] == CHECKPOINT
     # Where both want the same there is nothing to undo.
-    meanwhile(V2)
+    put_meanwhile([V2])
     assert ours.put("prod", V2)["version"] == 3
 
 
@@ -150,12 +142,11 @@ def test_a_client_that_has_left_changes_nothing(
         return reply
 
     monkeypatch.setattr(api.backend, "complete", take_time)
-    url = f"{api.base_url}/v1/aliases/prod"
     with pytest.raises(httpx2.ReadTimeout):
-        httpx2.put(url, json={"model": V2}, headers=api.headers, timeout=0.3)
+        ours.ask("PUT", "/aliases/prod", {"model": V2}, timeout=0.3)
     has_left.set()
     assert answered.wait(30)
     monkeypatch.undo()
     for _ in range(20):
-        assert [one["model"] for one in ours.ok("GET", "/aliases/prod/versions")["data"]] == [V1]
+        assert _models(ours) == [V1]
         time.sleep(0.02)

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from sqlalchemy import delete, func, select
 
@@ -20,7 +19,7 @@ from luthier.client import LuthierClient
 from luthier.core.cost_model import DeviceSpeed
 from luthier.core.settings import Settings
 from services.capacity import workers
-from tests.conftest import Api
+from tests.conftest import TINY_BASE, Api
 from tests.rows import chat_row, colour_rows, jsonl
 from tests.training import fork_server, train_next
 from worker.app import sweep
@@ -28,50 +27,29 @@ from worker.context import WorkerContext, make_context
 from worker.speed import measure_once
 from worker.tasks.prepare import prepare
 
-
-def _upload(api: Api, rows: list[dict[str, Any]], key: str | None = None) -> str:
-    answer = httpx2.post(
-        f"{api.base_url}/v1/files",
-        headers={"Authorization": f"Bearer {key or api.key}"},
-        data={"purpose": "fine-tune"},
-        files={"file": ("rows.jsonl", jsonl(rows))},
-    )
-    return str(answer.json()["id"])
+_PATH = "/fine_tuning/jobs/estimate"
 
 
 @pytest.fixture
 def file_id(api: Api) -> str:
-    return _upload(api, colour_rows(24))
-
-
-def _post(api: Api, path: str, body: dict[str, Any]) -> httpx2.Response:
-    url = f"{api.base_url}/v1/fine_tuning/jobs{path}"
-    return httpx2.post(url, headers=api.headers, json=body, timeout=60)
+    return api.upload_file(jsonl(colour_rows(24)))
 
 
 def _estimate(api: Api, file_id: str, **body: Any) -> dict[str, Any]:
-    answer = _post(api, "/estimate", {"model": "tiny-llama", "training_file": file_id, **body})
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
+    return api.ok("POST", _PATH, {"model": TINY_BASE, "training_file": file_id, **body}, timeout=60)
 
 
 def test_an_estimate_says_what_prepare_will_find(api: Api, settings: Settings, file_id: str) -> None:
-    body = {
-        "tuning": {"type": "prefix"},
-        "training": {"validation_split": 0.25},
-        "hyperparameters": {"n_epochs": 3},
-    }
+    body = {"tuning": {"type": "prefix"}, "training": {"validation_split": 0.25}}
+    body["hyperparameters"] = {"n_epochs": 3}
     found = _estimate(api, file_id, **body)
-    job = _post(api, "", {"model": "tiny-llama", "training_file": file_id, **body}).json()
-    context = make_context(settings)
-    prepare(context, job["id"])
-    url = f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}"
-    prepared = httpx2.get(url, headers=api.headers).json()
+    job_id = api.create_job(file_id, **body)["id"]
+    prepare(make_context(settings), job_id)
+    prepared = api.ok("GET", f"/fine_tuning/jobs/{job_id}")
     assert prepared["status"] == "queued"
     for member in ("hyperparameters", "tuning", "training"):
         assert found[member] == prepared[member], member
-    report = httpx2.get(f"{url}/report", headers=api.headers).json()["prepare"]["training"]
+    report = api.ok("GET", f"/fine_tuning/jobs/{job_id}/report")["prepare"]["training"]
     whole = _estimate(api, file_id)
     assert whole["tokens"] == report["num_tokens"]
     assert whole["supervised_tokens"] == report["num_supervised_tokens"]
@@ -92,42 +70,6 @@ def test_nothing_is_stored_and_nothing_is_notified(api: Api, database: Database,
         assert session.scalar(select(func.count()).select_from(File)) == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"model": "nope"},
-        {"model": None},
-        {"colour": 1},
-        {"training_file": "file-nope"},
-        {"validation_file": "file-nope"},
-        {"hyperparameters": {"n_epochs": 0}},
-        {"tuning": {"type": "lora", "rnak": 8}},
-        {"tuning": {"type": "sorcery"}},
-        {"tuning": {"quantization": "nf4"}},
-        {"training": {"patience": 3}},
-        {"training": {"patients": 3}},
-        {"method": {"type": "reinforcement"}},
-        {"integrations": [{"type": "wandb"}]},
-    ],
-)
-def test_what_a_create_refuses_an_estimate_refuses_in_the_same_words(
-    api: Api, file_id: str, change: dict[str, Any]
-) -> None:
-    body = {"model": "tiny-llama", "training_file": file_id} | change
-    created, estimated = _post(api, "", body), _post(api, "/estimate", body)
-    assert created.status_code == 400
-    assert (estimated.status_code, estimated.json()) == (created.status_code, created.json())
-
-
-def test_files_of_others_are_not_there_and_a_key_is_needed(api: Api) -> None:
-    with LuthierClient(f"{api.base_url}/v1", api.key) as client:
-        other = client.create_key("other", project="other")["key"]
-    foreign = _upload(api, colour_rows(24), key=other)
-    body = {"model": "tiny-llama", "training_file": foreign}
-    assert _post(api, "/estimate", body).json()["error"]["param"] == "training_file"
-    assert httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs/estimate", json=body).status_code == 401
-
-
 def test_parameters_that_only_the_base_refuses_are_refused_by_create_too(api: Api, file_id: str) -> None:
     body = {"model": "tiny-llama", "training_file": file_id}
     for tuning, param in (
@@ -137,8 +79,8 @@ def test_parameters_that_only_the_base_refuses_are_refused_by_create_too(api: Ap
         ({"type": "full", "freeze": ["sky"]}, "tuning.freeze"),
     ):
         for path in ("/estimate", ""):
-            answer = _post(api, path, body | {"tuning": tuning})
-            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+            refused = api.refused("POST", f"/fine_tuning/jobs{path}", body | {"tuning": tuning})
+            assert (refused[0], refused[2]) == (400, param), refused
 
 
 def test_a_base_that_no_machine_has_fetched_makes_no_job(
@@ -148,26 +90,26 @@ def test_a_base_that_no_machine_has_fetched_makes_no_job(
     with database.transaction() as session:
         session.execute(delete(Base))
     body = {"model": "tiny-llama", "training_file": file_id}
-    error = _post(api, "", body).json()["error"]
-    assert (error["code"], error["param"]) == ("model_not_available", "model")
-    assert "luthier bases fetch tiny-llama" in error["message"]
+    _, code, param, message = api.refused("POST", "/fine_tuning/jobs", body)
+    assert (code, param) == ("model_not_available", "model")
+    assert "luthier bases fetch tiny-llama" in message
 
     def announce(digest: str | None) -> int:
         with database.transaction() as session:
             facts = {"bases": {"tiny-llama": digest}}
             workers.beat(session, "w", hostname="h", num_slots=1, facts=facts)
-        return _post(api, "", body).status_code
+        return api.ask("POST", "/fine_tuning/jobs", body).status_code
 
     assert (announce(None), announce("sha256:0")) == (400, 200)
     assert announce(None) == 400
     monkeypatch.setattr(api.state.settings, "fetch_on_demand", True)
-    assert _post(api, "", body).status_code == 200
+    assert api.create_job(file_id)
 
 
 @pytest.mark.parametrize(("too_long", "num_left"), [("error", 20), ("drop", 20), ("truncate", 24)])
 def test_rows_over_the_length_are_counted_and_reported(api: Api, too_long: str, num_left: int) -> None:
     rows = colour_rows(20) + [chat_row("what?", "the sky is blue and the sea is too. " * 40)] * 4
-    found = _estimate(api, _upload(api, rows), training={"max_length": 96, "too_long": too_long})
+    found = _estimate(api, api.upload_file(jsonl(rows)), training={"max_length": 96, "too_long": too_long})
     assert (found["rows"]["too_long"], found["rows"]["train"], found["rows"]["total"]) == (4, num_left, 24)
     assert any("more than 96 tokens" in warning for warning in found["warnings"])
 
@@ -195,12 +137,11 @@ def test_a_base_that_the_api_does_not_have_is_said_so(api: Api, settings: Settin
     folder = settings.bases_dir / "tiny-llama"
     folder.rename(settings.bases_dir / "away")
     try:
-        answer = _post(api, "/estimate", {"model": "tiny-llama", "training_file": file_id})
+        refused = api.refused("POST", _PATH, {"model": TINY_BASE, "training_file": file_id})
     finally:
         (settings.bases_dir / "away").rename(folder)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"], error["param"]) == (400, "model_not_available", "model")
-    assert "luthier bases fetch tiny-llama" in error["message"]
+    assert refused[:3] == (400, "model_not_available", "model")
+    assert "luthier bases fetch tiny-llama" in refused[3]
 
 
 def test_a_large_file_is_neither_copied_nor_kept_in_memory(
@@ -211,18 +152,12 @@ def test_a_large_file_is_neither_copied_nor_kept_in_memory(
     monkeypatch.setattr(job_estimate, "MAX_ROWS", 200)
     for content in (plain, gzip.compress(plain)):
         monkeypatch.setattr(tempfile, "tempdir", None)
-        made = httpx2.post(
-            f"{api.base_url}/v1/files",
-            headers=api.headers,
-            data={"purpose": "fine-tune"},
-            files={"file": ("rows.jsonl", content)},
-            timeout=120,
-        ).json()
+        file_id = api.upload_file(content)
         # Where there is no such folder nothing temporary can be written.
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
         tracemalloc.start()
         try:
-            found = _estimate(api, made["id"])
+            found = _estimate(api, file_id)
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -243,16 +178,15 @@ def test_a_project_has_one_estimate_at_a_time(
         return count(*args, **options)
 
     monkeypatch.setattr(job_estimate, "count_rows", slow)
-    body = {"model": "tiny-llama", "training_file": file_id}
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(_post, api, "/estimate", body)
+        first = pool.submit(_estimate, api, file_id)
         assert began.wait(30)
-        second = _post(api, "/estimate", body)
+        second = api.ask("POST", _PATH, {"model": TINY_BASE, "training_file": file_id})
         may_end.set()
-        assert first.result().status_code == 200
+        assert first.result()
     assert (second.status_code, second.headers["retry-after"]) == (429, "1")
     assert "estimates being made, and the limit is 1 at a time" in second.json()["error"]["message"]
-    assert _post(api, "/estimate", body).status_code == 200
+    assert _estimate(api, file_id)
 
 
 def test_a_speed_is_measured_once_for_a_machine_and_each_setting_of_its_device(
@@ -291,11 +225,10 @@ def test_seconds_come_from_the_device_and_then_from_finished_jobs(
     assert measured["basis"]["finished_jobs"] == 0
     assert measured["seconds"]["total"] > 0
     assert measured["peak_memory_bytes"] > 0
-    job = _post(api, "", {"model": "tiny-llama", "training_file": file_id, "tuning": tuning}).json()
-    prepare(context, job["id"])
+    job_id = api.create_job(file_id, tuning=tuning)["id"]
+    prepare(context, job_id)
     assert train_next(context)
-    url = f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}"
-    run = httpx2.get(f"{url}/report", headers=api.headers).json()["run"]
+    run = api.ok("GET", f"/fine_tuning/jobs/{job_id}/report")["run"]
     after = _estimate(api, file_id, tuning=tuning)
     assert after["basis"]["finished_jobs"] == 1
     # The same job again takes what the first one took.

@@ -1,24 +1,17 @@
 """Files that expire, purposes, and deletes that delete."""
 
-import httpx2
 import openai
 import pytest
 from sqlalchemy import text
 
-from luthier.core.settings import Settings
+from luthier.core.errors import UnavailableError
 from tests.conftest import Api
-from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.maintenance import collect_garbage
 
 ROWS = jsonl(colour_rows())
 DAY = 24 * 3600
-
-
-@pytest.fixture
-def context(settings: Settings, api: Api) -> WorkerContext:
-    return make_context(settings)
 
 
 def _let_expire(api: Api, file_id: str) -> None:
@@ -27,19 +20,12 @@ def _let_expire(api: Api, file_id: str) -> None:
 
 
 def test_a_file_expires_as_many_seconds_after_its_creation_as_was_asked(client: openai.OpenAI) -> None:
-    made = client.files.create(
-        file=("a.jsonl", ROWS),
-        purpose="fine-tune",
-        expires_after={"anchor": "created_at", "seconds": 3600},
-    )
+    hour, month = ({"anchor": "created_at", "seconds": seconds} for seconds in (3600, 30 * DAY))
+    made = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune", expires_after=hour)
     assert made.expires_at == made.created_at + 3600
     assert client.files.retrieve(made.id) == made
     upload = client.uploads.create(
-        bytes=len(ROWS),
-        filename="b.jsonl",
-        mime_type="text/jsonl",
-        purpose="fine-tune",
-        expires_after={"anchor": "created_at", "seconds": 30 * DAY},
+        bytes=len(ROWS), filename="b", mime_type="text/jsonl", purpose="fine-tune", expires_after=month
     )
     part = client.uploads.parts.create(upload.id, data=ROWS)
     done = client.uploads.complete(upload.id, part_ids=[part.id])
@@ -63,78 +49,69 @@ def test_a_wrong_expiry_is_refused_by_its_bracketed_field(api: Api) -> None:
         ({"expires_after[when]": "3600"}, "expires_after[when]"),
         ({"expires_after": "3600"}, "expires_after"),
     ):
-        answer = httpx2.post(
-            f"{api.base_url}/v1/files",
-            headers=api.headers,
-            data={"purpose": "fine-tune"} | data,
-            files={"file": ("a.jsonl", ROWS)},
-        )
-        error = answer.json()["error"]
-        assert (answer.status_code, error["param"]) == (400, param), error
-        assert param in error["message"]
-    assert stored_objects(api) == []
+        form = {"data": {"purpose": "fine-tune"} | data, "files": {"file": ("a.jsonl", ROWS)}}
+        status, _, found, message = api.refused("POST", "/files", **form)
+        assert (status, found) == (400, param), message
+        assert param in message
+    assert api.stored_objects() == []
 
 
 def test_an_expired_file_is_unknown_and_then_gone(
     api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    expiring = {"anchor": "created_at", "seconds": 3600}
-    file = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune", expires_after=expiring)
-    kept = client.files.create(file=("b.jsonl", ROWS), purpose="fine-tune", expires_after=expiring)
-    _let_expire(api, file.id)
+    expired, kept = api.upload_file(ROWS), api.upload_file(ROWS)
+    _let_expire(api, expired)
     for call in (client.files.retrieve, client.files.content, client.files.delete):
         with pytest.raises(openai.NotFoundError):
-            call(file.id)
-    assert [entry.id for entry in client.files.list()] == [kept.id]
+            call(expired)
+    assert [entry.id for entry in client.files.list()] == [kept]
     # Pages that began before it expired continue behind it.
-    assert [entry.id for entry in client.files.list(after=file.id, order="asc")] == [kept.id]
+    assert [entry.id for entry in client.files.list(after=expired, order="asc")] == [kept]
     with pytest.raises(openai.BadRequestError) as refused:
-        client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id)
+        client.fine_tuning.jobs.create(model="tiny-llama", training_file=expired)
     assert refused.value.param == "training_file"
-    assert stored_objects(api) == [file.id, kept.id]
+    assert api.stored_objects() == [expired, kept]
     collect_garbage(context, grace_seconds=0)
-    assert stored_objects(api) == [kept.id]
+    assert api.stored_objects() == [kept]
 
 
 def test_an_expired_file_stays_until_the_last_job_that_reads_it_has_ended(
     api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    train, valid = (client.files.create(file=(name, ROWS), purpose="fine-tune").id for name in "ab")
-    job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=train, validation_file=valid)
+    train, valid = api.upload_file(ROWS), api.upload_file(ROWS)
+    job_id = api.create_job(train, validation_file=valid)["id"]
     for file_id in (train, valid):
         _let_expire(api, file_id)
     collect_garbage(context, grace_seconds=0)
-    assert stored_objects(api) == [train, valid]
+    assert api.stored_objects() == [train, valid]
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(train)
-    client.fine_tuning.jobs.cancel(job.id)
+    client.fine_tuning.jobs.cancel(job_id)
     collect_garbage(context, grace_seconds=0)
-    assert stored_objects(api) == []
+    assert api.stored_objects() == []
 
 
 def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
     api: Api, client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.core.errors import UnavailableError
-
-    file = client.files.create(file=("a.jsonl", ROWS), purpose="fine-tune")
+    file_id = api.upload_file(ROWS)
 
     def fail(_key: str) -> None:
         raise UnavailableError("storage is away")
 
     with monkeypatch.context() as patched:
         patched.setattr(api.state.storage, "delete", fail)
-        assert client.files.delete(file.id).deleted
-    assert stored_objects(api) == [file.id]
+        assert client.files.delete(file_id).deleted
+    assert api.stored_objects() == [file_id]
     with pytest.raises(openai.NotFoundError):
-        client.files.content(file.id)
+        client.files.content(file_id)
     collect_garbage(context, grace_seconds=0)
-    assert stored_objects(api) == []
+    assert api.stored_objects() == []
 
 
 def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_into(api: Api) -> None:
     # Lenient: the SDK's type of an answer lacks `evals`, which its own requests have.
-    client = openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+    client = api.sdk(is_strict=False)
     content = b"\x89PNG no rows at all"
     purposes = ("assistants", "batch", "vision", "user_data", "evals")
     for purpose in purposes:
@@ -152,4 +129,4 @@ def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_int
         with pytest.raises(openai.BadRequestError, match="made by the service") as refused:
             client.files.create(file=("a.png", content), purpose=purpose)  # type: ignore[arg-type]
         assert (refused.value.code, refused.value.param) == ("unsupported_value", "purpose")
-    assert len(stored_objects(api)) == len(purposes)
+    assert len(api.stored_objects()) == len(purposes)

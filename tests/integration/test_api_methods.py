@@ -3,7 +3,6 @@
 import difflib
 from typing import Any
 
-import httpx2
 import jsonschema
 import pytest
 
@@ -11,6 +10,8 @@ from luthier.client import LuthierClient
 from luthier.core.errors import LuthierError
 from luthier.methods import check_tuning, discover
 from tests.conftest import TINY_BASE, Api
+
+pytestmark = pytest.mark.shared_api
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def methods(api: Api) -> dict[str, dict[str, Any]]:
 
 
 def test_every_method_is_listed_with_title_and_schema(api: Api, methods: dict[str, dict[str, Any]]) -> None:
-    answer = httpx2.get(f"{api.base_url}/v1/fine_tuning/methods", headers=api.headers).json()
+    answer = api.ok("GET", "/fine_tuning/methods")
     assert (answer["object"], answer["has_more"]) == ("list", False)
     assert list(methods) == list(discover())
     for name, method in methods.items():
@@ -63,10 +64,8 @@ def test_a_name_of_any_length_is_compared_by_its_first_characters(
         return compare(word, *arguments, **options)
 
     monkeypatch.setattr(difflib, "get_close_matches", count)
-    tuning = {"type": "lora", "r" * 200_000: 1}
-    body = {"model": TINY_BASE, "training_file": "file-1", "tuning": tuning}
-    answer = httpx2.post(f"{api.base_url}/v1/fine_tuning/jobs", json=body, headers=api.headers)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"].startswith("tuning.rrr")
+    body = {"model": TINY_BASE, "training_file": "file-1", "tuning": {"type": "lora", "r" * 200_000: 1}}
+    status, _, param, _ = api.refused("POST", "/fine_tuning/jobs", body)
+    assert (status, str(param)[:10]) == (400, "tuning.rrr")
     assert lengths
     assert max(lengths) < 100

@@ -5,22 +5,20 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx2
 import openai
 import pytest
 from openai.types import Upload
 
 from luthier.core.settings import MIB
 from tests.conftest import Api
-from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
 
 ROWS = jsonl(colour_rows(40))
 
 
-def _create(client: openai.OpenAI, num_bytes: int = len(ROWS), filename: str = "rows.jsonl") -> Upload:
+def _create(client: openai.OpenAI) -> Upload:
     return client.uploads.create(
-        bytes=num_bytes, filename=filename, mime_type="text/jsonl", purpose="fine-tune"
+        bytes=len(ROWS), filename="rows.jsonl", mime_type="text/jsonl", purpose="fine-tune"
     )
 
 
@@ -37,24 +35,18 @@ def test_the_sdks_chunked_helper_makes_a_file_that_a_job_takes(
 ) -> None:
     path = tmp_path / "навчання.jsonl"
     path.write_bytes(ROWS)
+    md5 = hashlib.md5(ROWS).hexdigest().upper()
     upload = client.uploads.upload_file_chunked(
-        file=path,
-        mime_type="text/jsonl",
-        purpose="fine-tune",
-        part_size=1000,
-        md5=hashlib.md5(ROWS).hexdigest().upper(),
+        file=path, mime_type="text/jsonl", purpose="fine-tune", part_size=1000, md5=md5
     )
     assert (upload.status, upload.bytes, upload.filename) == ("completed", len(ROWS), "навчання.jsonl")
     assert upload.expires_at == upload.created_at + 3600
     assert upload.file is not None
     assert upload.file == client.files.retrieve(upload.file.id)
-    assert (upload.file.bytes, upload.file.status, upload.file.purpose) == (
-        len(ROWS),
-        "processed",
-        "fine-tune",
-    )
+    assert (upload.file.bytes, upload.file.status) == (len(ROWS), "processed")
+    assert upload.file.purpose == "fine-tune"
     assert client.files.content(upload.file.id).read() == ROWS
-    assert len(stored_objects(api)) == 1
+    assert len(api.stored_objects()) == 1
     job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=upload.file.id)
     assert job.training_file == upload.file.id
 
@@ -63,17 +55,12 @@ def test_parts_may_come_at_the_same_time_and_their_order_is_said_at_the_end(clie
     pieces = [ROWS[place : place + 700] for place in range(0, len(ROWS), 700)]
     upload = _create(client)
     with ThreadPoolExecutor(4) as pool:
-        backwards = list(
-            pool.map(lambda piece: client.uploads.parts.create(upload.id, data=piece), pieces[::-1])
-        )
-    assert {part.upload_id for part in backwards} == {upload.id}
+        parts = [*pool.map(lambda piece: client.uploads.parts.create(upload.id, data=piece), pieces[::-1])]
+    assert {part.upload_id for part in parts} == {upload.id}
+    ids = [part.id for part in parts]
     # The text of the first row in the middle of the file: caught, and reported as a broken line.
-    _refused(
-        lambda: client.uploads.complete(upload.id, part_ids=[part.id for part in backwards]),
-        "part_ids",
-        "invalid_file_format",
-    )
-    done = client.uploads.complete(upload.id, part_ids=[part.id for part in backwards[::-1]])
+    _refused(lambda: client.uploads.complete(upload.id, part_ids=ids), "part_ids", "invalid_file_format")
+    done = client.uploads.complete(upload.id, part_ids=ids[::-1])
     assert done.file is not None
     assert client.files.content(done.file.id).read() == ROWS
 
@@ -87,13 +74,11 @@ def test_a_part_of_exactly_64_mib_is_accepted_and_complete_nests_the_file(
     whole = bytes(64 * MIB)
     message = _refused(lambda: client.uploads.parts.create(upload.id, data=whole + b"x"), "data")
     assert "64 MiB" in message
-    assert stored_objects(api) == []
+    assert api.stored_objects() == []
     ids = [client.uploads.parts.create(upload.id, data=data).id for data in (b"12345", whole)]
     done = client.uploads.complete(upload.id, part_ids=ids[::-1])
     assert done.file is not None
-    part = httpx2.get(
-        f"{api.base_url}/v1/files/{done.file.id}/content", headers=api.headers | {"Range": "bytes=-7"}
-    )
+    part = api.ask("GET", f"/files/{done.file.id}/content", headers={"Range": "bytes=-7"})
     assert part.content == b"\0\x0012345"
 
 
@@ -113,7 +98,7 @@ def test_a_broken_line_is_named_and_leaves_the_upload_to_be_completed_otherwise(
         "invalid_file_format",
     )
     assert "Line 21, column 15" in message
-    assert len(stored_objects(api)) == 4
+    assert len(api.stored_objects()) == 4
     assert client.files.list().data == []
     done = client.uploads.complete(upload.id, part_ids=[head, mended, tail])
     assert done.status == "completed"
@@ -175,21 +160,19 @@ def test_an_upload_is_refused_by_the_field_that_is_wrong(api: Api) -> None:
         ({"expires_after": {"anchor": "now", "seconds": 3600}}, "expires_after.anchor"),
         ({"expires_after": {"anchor": "created_at"}}, "expires_after.seconds"),
     ):
-        answer = httpx2.post(f"{api.base_url}/v1/uploads", headers=api.headers, json=good | changes)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
-    largest = good | {"bytes": 8 * 1024**3, "expires_after": None}
-    answer = httpx2.post(f"{api.base_url}/v1/uploads", headers=api.headers, json=largest)
-    assert answer.status_code == 200, answer.text
+        status, _, found, message = api.refused("POST", "/uploads", good | changes)
+        assert (status, found) == (400, param), message
+    assert api.ok("POST", "/uploads", good | {"bytes": 8 * 1024**3, "expires_after": None})
 
 
 def test_a_part_is_refused_by_what_is_wrong_with_its_form(api: Api, client: openai.OpenAI) -> None:
-    url = f"{api.base_url}/v1/uploads/{_create(client).id}/parts"
+    path = f"/uploads/{_create(client).id}/parts"
     for files, data, param in (
         ({"file": ("a", b"x")}, {}, "data"),
         ({"data": ("a", b"")}, {}, "data"),
         ([("data", ("a", b"x")), ("data", ("b", b"y"))], {}, "data"),
         ({"data": ("a", b"x")}, {"more": "1"}, "more"),
     ):
-        answer = httpx2.post(url, headers=api.headers, files=files, data=data)
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
-    assert stored_objects(api) == []
+        status, _, found, message = api.refused("POST", path, files=files, data=data)
+        assert (status, found) == (400, param), message
+    assert api.stored_objects() == []

@@ -11,10 +11,12 @@ import httpx2
 import pytest
 
 from api.concurrency import BodyBudget
+from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_api_key
 from luthier.core.settings import MIB
-from tests.conftest import TINY_BASE, Api, wait_until
+from tests.conftest import TINY_BASE, Api, ProjectClient, wait_until
 
+pytestmark = pytest.mark.shared_api
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/responses"]
 LARGE = 8 * MIB
 
@@ -40,22 +42,21 @@ def status_of(connection: socket.socket) -> int:
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("length", [LARGE, None])
-def test_an_unknown_key_is_refused_before_its_body_has_come(api: Api, path: str, length: int | None) -> None:
-    with open_request(api, path, new_api_key(), length) as connection:
-        assert status_of(connection) == 401
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_malformed_key_is_refused_before_a_byte_of_its_body_has_come(api: Api, path: str) -> None:
-    with open_request(api, path, "x", 100) as connection:
-        assert status_of(connection) == 401
-
-
-@pytest.mark.parametrize("path", PATHS)
-def test_a_body_that_says_that_it_is_too_large_is_refused_before_it_has_come(api: Api, path: str) -> None:
-    with open_request(api, path, api.key, LARGE + 1) as connection:
-        assert status_of(connection) == 413
+@pytest.mark.parametrize(
+    ("key", "length", "status"),
+    [
+        (new_api_key(), LARGE, 401),
+        (new_api_key(), None, 401),
+        ("malformed", 100, 401),
+        (None, LARGE + 1, 413),
+    ],
+    ids=["unknown key", "unknown key in chunks", "malformed key", "too large"],
+)
+def test_a_request_is_refused_by_its_head_before_its_body_has_come(
+    api: Api, path: str, key: str | None, length: int | None, status: int
+) -> None:
+    with open_request(api, path, key or api.key, length) as connection:
+        assert status_of(connection) == status
 
 
 @pytest.mark.parametrize("path", ["/v1/keys", "/v1/fine_tuning/jobs", "/v1/nowhere"])
@@ -71,47 +72,39 @@ def test_any_routes_body_is_read_no_further_than_its_key_allows(api: Api, path: 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_large_body_of_a_known_key_is_passed_on_as_it_came(api: Api, path: str) -> None:
     body = body_of(LARGE)
-    answer = httpx2.post(api.base_url + path, content=body, headers=api.headers, timeout=30)
-    assert answer.status_code == 200
+    assert api.http.post(path, content=body, headers=api.headers).status_code == 200
     assert api.backend.asked[-1][:2] == (path, body)
 
 
 def test_large_bodies_hold_bounded_memory_and_small_ones_are_read_all_the_while(api: Api) -> None:
-    other = httpx2.post(
-        f"{api.base_url}/v1/keys", json={"name": "o", "project": "o"}, headers=api.headers
-    ).json()["key"]
-    budget = api.state.bodies
+    other, budget = api.other_project(), api.state.bodies
     object.__setattr__(api.state, "bodies", BodyBudget(8 * MIB))
     half = body_of(5 * MIB)[: 3 * MIB]
+
+    def post(project: ProjectClient, num_bytes: int) -> httpx2.Response:
+        return project.ask("POST", "/completions", content=body_of(num_bytes))
+
     try:
         with open_request(api, PATHS[0], api.key, 5 * MIB) as first:
             first.sendall(half)
             wait_until(lambda: sum(api.state.bodies._held.values()) == 3 * MIB, what="the first half")
-            url = api.base_url + PATHS[1]
-
-            def post(key: str, num_bytes: int) -> httpx2.Response:
-                headers = {"Authorization": f"Bearer {key}"}
-                return httpx2.post(url, content=body_of(num_bytes), headers=headers, timeout=30)
-
             # Half of the budget is a project's, so that no project takes it from the others.
-            refused = post(api.key, 2 * MIB)
+            refused = post(api, 2 * MIB)
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
             assert int(refused.headers["retry-after"]) >= 1
             assert post(other, 2 * MIB).status_code == 200
-            assert post(api.key, 1000).status_code == 200
-            with open_request(api, PATHS[0], other, 4 * MIB) as second:
+            assert post(api, 1000).status_code == 200
+            with open_request(api, PATHS[0], other.key, 4 * MIB) as second:
                 second.sendall(half)
                 wait_until(lambda: sum(api.state.bodies._held.values()) == 6 * MIB, what="the second half")
         wait_until(lambda: not api.state.bodies._held, what="clients that left hold nothing")
-        assert post(api.key, 4 * MIB - 1).status_code == 200
+        assert post(api, 4 * MIB - 1).status_code == 200
         assert not api.state.bodies._held
     finally:
         object.__setattr__(api.state, "bodies", budget)
 
 
 def test_all_projects_together_are_refused_with_503_beyond_the_budget() -> None:
-    from luthier.core.errors import UnavailableError
-
     budget = BodyBudget(8 * MIB)
     with budget.hold("a") as a, budget.hold("b") as b, budget.hold("c") as c:
         a(4 * MIB)
@@ -127,11 +120,10 @@ def test_the_name_is_found_without_building_the_rest_of_a_large_body(api: Api) -
     body = b'{"metadata": [' + b"0," * (2 * MIB) + b'0], "model": "%b", "prompt": "a"}' % TINY_BASE.encode()
     tracemalloc.start()
     try:
-        answer = httpx2.post(api.base_url + PATHS[1], content=body, headers=api.headers, timeout=60)
+        api.ok("POST", "/completions", content=body)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert answer.status_code == 200
     # The client's copy, the chunks, and the joined body; a list of two million numbers is 16 MiB more.
     assert peak < 4 * len(body), f"{peak / len(body):.1f}"
 
@@ -151,5 +143,4 @@ def test_the_name_is_found_without_building_the_rest_of_a_large_body(api: Api) -
 )
 def test_a_body_without_a_name_is_refused_by_what_is_wrong_with_it(api: Api, body: bytes, code: str) -> None:
     for path in PATHS:
-        answer = httpx2.post(api.base_url + path, content=body, headers=api.headers)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+        assert api.refused("POST", path.removeprefix("/v1"), content=body)[:2] == (400, code)

@@ -21,10 +21,8 @@ from luthier.core.states import JobStatus
 from services.jobs import leases
 from tests.conftest import Api, Server, fresh_database, make_settings, serve_api
 from tests.integration.training_script import run_script
-from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
-from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from tests.training import make_worker
 from worker.tasks.prepare import prepare
 from worker.tasks.train import claim
 
@@ -41,62 +39,44 @@ def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def context(api: Api) -> WorkerContext:
-    made = make_context(api.state.settings)
-    made.notify = api.notified.append
-    sweep(made)
-    return made
-
-
-@pytest.fixture(scope="module")
 def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+    return api.sdk(is_strict=False)
+
+
+def _three_epochs(script: Any) -> None:
+    script.start().epoch(1, 5.0).epoch(2, 4.0).epoch(3, 3.0).finish(3)
 
 
 @pytest.fixture(scope="module")
-def file_id(client: openai.OpenAI) -> str:
-    return client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune").id
-
-
-@pytest.fixture(scope="module")
-def jobs_by_status(
-    api: Api, context: WorkerContext, file_id: str, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
+def jobs_by_status(api: Api, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A job in each status, as the wire shows it; the training process is scripted."""
     found: dict[str, dict[str, Any]] = {}
+    context, file_id = make_worker(api.state.settings, api), api.upload_file(jsonl(colour_rows()))
 
-    def keep(job_id: str) -> None:
-        job = ask(api, "GET", f"/fine_tuning/jobs/{job_id}").json()
+    def keep(job_id: str, *verbs: str) -> None:
+        for verb in verbs:
+            api.ok("POST", f"/fine_tuning/jobs/{job_id}/{verb}")
+        job = api.ok("GET", f"/fine_tuning/jobs/{job_id}")
         found[job["status"]] = job
 
-    keep(create_job(api, file_id)["id"])
-    job_id = create_job(api, file_id)["id"]
-    ask(api, "POST", f"/fine_tuning/jobs/{job_id}/cancel")
-    keep(job_id)
+    keep(api.create_job(file_id)["id"])
+    keep(api.create_job(file_id)["id"], "cancel")
     for _ in range(2):  # one that succeeds, one that fails
-        job_id = create_job(api, file_id)["id"]
+        job_id = api.create_job(file_id)["id"]
         prepare(context, job_id)
         if "queued" not in found:
             keep(job_id)
-            ask(api, "POST", f"/fine_tuning/jobs/{job_id}/pause")
-            keep(job_id)
-            ask(api, "POST", f"/fine_tuning/jobs/{job_id}/resume")
+            keep(job_id, "pause")
+            keep(job_id, "resume")
         claimed = claim(context)
         assert claimed is not None
         if "running" not in found:
             keep(job_id)
             folder = tmp_path_factory.mktemp("run")
-            run_script(
-                context,
-                folder,
-                lambda script: script.start().epoch(1, 5.0).epoch(2, 4.0).epoch(3, 3.0).finish(3),
-                epochs=3,
-                claimed=claimed,
-            )
+            run_script(context, folder, _three_epochs, epochs=3, claimed=claimed)
             keep(job_id)
         else:
-            ask(api, "POST", f"/fine_tuning/jobs/{job_id}/pause")
-            keep(job_id)
+            keep(job_id, "pause")
             with context.database.transaction() as session:
                 leases.fail(session, claimed.lease, NonFiniteLossError("Loss of step 1 is not finite."))
             keep(job_id)
@@ -151,28 +131,27 @@ def test_ids_with_colons_and_slashes_are_one_segment_however_encoded(
     name = jobs_by_status["succeeded"]["fine_tuned_model"]
     assert "::" in name
     earlier = f"/fine_tuning/jobs/{jobs_by_status['succeeded']['id']}/checkpoints"
-    checkpoint = ask(api, "GET", earlier).json()["data"][-1]["fine_tuned_model_checkpoint"]
+    checkpoint = api.ok("GET", earlier)["data"][-1]["fine_tuned_model_checkpoint"]
     assert ":ckpt-step-" in checkpoint
     for model in (name, checkpoint):
         for path in (model, model.replace(":", "%3A"), model.replace(":", "%3a")):
-            assert ask(api, "GET", f"/models/{path}").json()["id"] == model
-            assert ask(api, "GET", f"/models/{path}/files").json()["data"]
+            assert api.ok("GET", f"/models/{path}")["id"] == model
+            assert api.ok("GET", f"/models/{path}/files")["data"]
     for path in ("org%2Fmodel:tag", "org%2fmodel%3Atag"):
-        assert ask(api, "GET", f"/models/{path}").json()["id"] == "org/model:tag"
+        assert api.ok("GET", f"/models/{path}")["id"] == "org/model:tag"
     assert client.models.retrieve("org/model:tag").id == "org/model:tag"
     for path in ("/models/a%2Fb", "/fine_tuning/jobs/a%2Fb", "/fine_tuning/jobs/a%3Ab/events"):
-        error = ask(api, "GET", path).json()["error"]
-        assert error["code"] in {"not_found", "model_not_found"}, path
-    assert "a/b" in ask(api, "GET", "/fine_tuning/jobs/a%2Fb").json()["error"]["message"]
+        assert api.refused("GET", path)[1] in {"not_found", "model_not_found"}, path
+    assert "a/b" in api.refused("GET", "/fine_tuning/jobs/a%2Fb")[3]
     # An id can't be used to climb to another route.
-    assert ask(api, "GET", "/fine_tuning/jobs%2Fftjob-1").json()["error"]["code"] == "unknown_url"
+    assert api.refused("GET", "/fine_tuning/jobs%2Fftjob-1")[1] == "unknown_url"
 
 
 def test_checkpoints_leave_out_what_was_not_measured_and_the_last_has_the_models_name(
     api: Api, jobs_by_status: dict[str, dict[str, Any]]
 ) -> None:
     job = jobs_by_status["succeeded"]
-    found = ask(api, "GET", f"/fine_tuning/jobs/{job['id']}/checkpoints").json()["data"]
+    found = api.ok("GET", f"/fine_tuning/jobs/{job['id']}/checkpoints")["data"]
     assert [checkpoint["step_number"] for checkpoint in found] == [3, 2, 1]
     assert found[0]["fine_tuned_model_checkpoint"] == job["fine_tuned_model"]
     for checkpoint in found:
@@ -186,18 +165,18 @@ def test_models_whose_names_hold_slashes_are_read_downloaded_and_deleted(
     api: Api, client: openai.OpenAI, jobs_by_status: dict[str, dict[str, Any]]
 ) -> None:
     earlier = f"/fine_tuning/jobs/{jobs_by_status['succeeded']['id']}/checkpoints"
-    checkpoint = ask(api, "GET", earlier).json()["data"][-1]["fine_tuned_model_checkpoint"]
+    checkpoint = api.ok("GET", earlier)["data"][-1]["fine_tuned_model_checkpoint"]
     name = "ft:org/base:o::id:ckpt-step-1"
     with api.state.database.transaction() as session:
         session.execute(update(Model).where(Model.name == checkpoint).values(name=name))
     # The last is how the SDKs before 3 send it.
     for path in ("ft:org%2Fbase:o::id:ckpt-step-1", "ft%3Aorg%2fbase%3Ao%3A%3Aid%3Ackpt-step-1", name):
-        assert ask(api, "GET", f"/models/{path}").json()["id"] == name
+        assert api.ok("GET", f"/models/{path}")["id"] == name
     assert client.models.retrieve(name).id == name
     with LuthierClient(f"{api.base_url}/v1", api.key) as ours:
         (first, *_) = ours.list_model_files(name)
     path = f"/models/ft:org%2Fbase:o::id:ckpt-step-1/files/{quote(first['name'], safe='')}"
-    answer = ask(api, "GET", path)
+    answer = api.ask("GET", path)
     assert (answer.status_code, len(answer.content)) == (200, first["bytes"])
     deleted = client.models.delete(name)
     assert (deleted.id, deleted.deleted) == (name, True)
@@ -205,5 +184,5 @@ def test_models_whose_names_hold_slashes_are_read_downloaded_and_deleted(
         with pytest.raises(openai.APIStatusError) as refused:
             client.models.delete(gone)
         assert refused.value.status_code == (404 if gone == name else 403)
-    assert ask(api, "DELETE", "/models/org/model:tag").json() == refused.value.response.json()
-    assert ask(api, "GET", "/models/").json()["error"]["code"] == "model_not_found"
+    assert api.ask("DELETE", "/models/org/model:tag").json() == refused.value.response.json()
+    assert api.refused("GET", "/models/")[1] == "model_not_found"

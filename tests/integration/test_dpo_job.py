@@ -4,17 +4,14 @@ from typing import Any
 
 import openai
 import pytest
+from openai.types.fine_tuning import FineTuningJob
 from sqlalchemy import update
 
-from db.session import Database
 from db.tables import File
+from tests.conftest import Api
 from tests.rows import colour_rows, jsonl, preference_row
 from worker.context import WorkerContext
 from worker.processes import work
-
-
-def upload(client: openai.OpenAI, content: bytes) -> str:
-    return client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
 
 
 def preferences(num_rows: int) -> bytes:
@@ -23,30 +20,34 @@ def preferences(num_rows: int) -> bytes:
     )
 
 
-def test_preferences_make_a_model_and_report_rewards(client: openai.OpenAI, context: WorkerContext) -> None:
+def _dpo(**hyperparameters: Any) -> Any:
+    return {"type": "dpo", "dpo": {"hyperparameters": hyperparameters}}
+
+
+def _beta_of(job: FineTuningJob) -> object:
+    assert job.method is not None
+    assert (job.method.type, job.method.supervised) == ("dpo", None)
+    assert job.method.dpo is not None
+    assert job.method.dpo.hyperparameters is not None
+    return job.method.dpo.hyperparameters.beta
+
+
+def test_preferences_make_a_model_and_report_rewards(
+    api: Api, client: openai.OpenAI, context: WorkerContext
+) -> None:
     body: dict[str, Any] = {
         "model": "tiny-llama",
-        "training_file": upload(client, preferences(16)),
-        "method": {
-            "type": "dpo",
-            "dpo": {"hyperparameters": {"n_epochs": 2, "batch_size": 4, "beta": "auto"}},
-        },
+        "training_file": api.upload_file(preferences(16)),
+        "method": _dpo(n_epochs=2, batch_size=4, beta="auto"),
     }
     extra = {"training": {"validation_split": 0.25, "precision": "float32", "learning_rate": 5e-3}}
     estimate: Any = client.post("/fine_tuning/jobs/estimate", body={**body, **extra}, cast_to=object)
     job = client.fine_tuning.jobs.create(**body, seed=1, extra_body=extra)
-    assert job.method is not None
-    assert job.method.dpo is not None
-    assert job.method.dpo.hyperparameters is not None
-    assert (job.method.type, job.method.dpo.hyperparameters.beta) == ("dpo", "auto")
+    assert _beta_of(job) == "auto"
     work(context)
     job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "succeeded", job.error
-    assert job.method is not None
-    assert job.method.dpo is not None
-    assert job.method.dpo.hyperparameters is not None
-    assert job.method.dpo.hyperparameters.beta == 0.1
-    assert job.method.supervised is None
+    assert _beta_of(job) == 0.1
     events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
     steps = [event.data for event in events if event.type == "metrics"]
     assert len(steps) == 2 * 3
@@ -72,14 +73,13 @@ def test_preferences_make_a_model_and_report_rewards(client: openai.OpenAI, cont
     assert 0 <= report["run"]["artifact_bytes"] - estimate["artifact_bytes"] < 10_000
 
 
-def test_rows_of_the_other_kind_are_refused_with_the_field_and_what_to_do(client: openai.OpenAI) -> None:
-    chats, pairs = upload(client, jsonl(colour_rows())), upload(client, preferences(12))
+def test_rows_of_the_other_kind_are_refused_with_the_field_and_what_to_do(
+    api: Api, client: openai.OpenAI
+) -> None:
+    chats, pairs = api.upload_file(jsonl(colour_rows())), api.upload_file(preferences(12))
+    rows = jsonl(colour_rows())
     in_parts = client.uploads.upload_file_chunked(
-        file=jsonl(colour_rows()),
-        filename="rows.jsonl",
-        bytes=len(jsonl(colour_rows())),
-        mime_type="text/jsonl",
-        purpose="fine-tune",
+        file=rows, filename="a", bytes=len(rows), mime_type="text/jsonl", purpose="fine-tune"
     )
     assert in_parts.file is not None
     dpo: dict[str, Any] = {"method": {"type": "dpo"}}
@@ -97,32 +97,24 @@ def test_rows_of_the_other_kind_are_refused_with_the_field_and_what_to_do(client
 
 
 def test_in_files_without_a_recorded_format_prepare_finds_rows_of_the_other_kind(
-    client: openai.OpenAI, context: WorkerContext, database: Database
+    api: Api, client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    chats, pairs = upload(client, jsonl(colour_rows())), upload(client, preferences(12))
-    with database.transaction() as session:
+    chats, pairs = api.upload_file(jsonl(colour_rows())), api.upload_file(preferences(12))
+    with api.state.database.transaction() as session:
         session.execute(update(File).values(row_format=None))
-    of_chats = client.fine_tuning.jobs.create(model="tiny-llama", training_file=chats, method={"type": "dpo"})
-    of_pairs = client.fine_tuning.jobs.create(model="tiny-llama", training_file=pairs)
-    for job, expected in (
-        (of_chats, "learns from preferences"),
-        (of_pairs, "belong to jobs of method dpo"),
-    ):
+    of_chats, of_pairs = api.create_job(chats, method={"type": "dpo"}), api.create_job(pairs)
+    for job, expected in ((of_chats, "learns from preferences"), (of_pairs, "belong to jobs of method dpo")):
         work(context)
-        failed = client.fine_tuning.jobs.retrieve(job.id)
+        failed = client.fine_tuning.jobs.retrieve(job["id"])
         assert failed.status == "failed"
         assert failed.error is not None
         assert failed.error.code == "invalid_training_file"
         assert expected in failed.error.message
 
 
-@pytest.mark.parametrize("beta", [0, 2.5, "much"])
-def test_a_beta_out_of_range_is_refused_by_name(client: openai.OpenAI, beta: object) -> None:
-    file_id = upload(client, preferences(12))
-    with pytest.raises(openai.BadRequestError) as refused:
-        client.fine_tuning.jobs.create(
-            model="tiny-llama",
-            training_file=file_id,
-            method={"type": "dpo", "dpo": {"hyperparameters": {"beta": beta}}},  # type: ignore[typeddict-item]
-        )
-    assert refused.value.param == "method.dpo.hyperparameters.beta"
+def test_a_beta_out_of_range_is_refused_by_name(api: Api) -> None:
+    file_id = api.upload_file(preferences(12))
+    for beta in (0, 2.5, "much"):
+        body = {"model": "tiny-llama", "training_file": file_id, "method": _dpo(beta=beta)}
+        refused = api.refused("POST", "/fine_tuning/jobs", body)
+        assert (refused[0], refused[2]) == (400, "method.dpo.hyperparameters.beta")

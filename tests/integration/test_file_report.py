@@ -21,21 +21,23 @@ from luthier.core.settings import Settings
 from luthier.data.reports.file_report import DataReport
 from luthier.data.reports.process import report_in_process
 from tests.conftest import Api, wait_until
-from tests.integration.wire import upload
-from tests.rows import chat_row, colour_rows, jsonl
+from tests.rows import chat_row, colour_rows, jsonl, preference_row
 from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
 
 
 def _report(api: Api, file_id: str, **query: str) -> httpx2.Response:
-    url = f"{api.base_url}/v1/files/{file_id}/report"
-    return httpx2.get(url, headers=api.headers, params={"base": "tiny-llama"} | query, timeout=60)
+    return api.ask("GET", f"/files/{file_id}/report", params={"base": "tiny-llama"} | query)
+
+
+def _check_refused(answer: httpx2.Response, status: int, code: str, param: str) -> None:
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
 
 
 def test_a_report_says_what_a_job_would_find(api: Api) -> None:
     rows = [*colour_rows(20), *colour_rows(2), chat_row("q", "a", weight=0)]
-    file_id = upload(api, jsonl(rows)).json()["id"]
-    validation_id = upload(api, jsonl(colour_rows(3))).json()["id"]
+    file_id, validation_id = api.upload_file(jsonl(rows)), api.upload_file(jsonl(colour_rows(3)))
     answer = _report(api, file_id, validation_file=validation_id)
     assert answer.status_code == 200, answer.text
     found = answer.json()
@@ -51,29 +53,24 @@ def test_a_report_says_what_a_job_would_find(api: Api) -> None:
     shown = found["shown"][0]
     learnt = "".join(shown["text"][start:end] for start, end in shown["supervised"])
     assert learnt == '{"colour": "red", "number": 0}<|im_end|>'
-    schema = httpx2.get(f"{api.base_url}/openapi.json").json()["paths"]["/v1/files/{file_id}/report"]
+    schema = api.http.get("/openapi.json").json()["paths"]["/v1/files/{file_id}/report"]
     assert "FileReportObject" in json.dumps(schema["get"]["responses"]["200"])
 
 
 def test_what_can_not_be_reported_on_is_said(api: Api, settings: Settings) -> None:
-    file_id = upload(api, jsonl(colour_rows())).json()["id"]
-    cases = [
-        (_report(api, file_id, base="nope"), 400, "model_not_available", "base"),
-        # The preloaded base of these settings is in no catalogue here.
-        (_report(api, file_id, base=""), 400, "model_not_available", "base"),
-        (_report(api, file_id, validation_file="file-nope"), 400, "invalid_value", "validation_file"),
-        (_report(api, "file-nope"), 404, "not_found", "id"),
-    ]
+    file_id = api.upload_file(jsonl(colour_rows()))
+    # The preloaded base of these settings is in no catalogue here.
+    for base in ("nope", ""):
+        _check_refused(_report(api, file_id, base=base), 400, "model_not_available", "base")
+    with_unknown = _report(api, file_id, validation_file="file-nope")
+    _check_refused(with_unknown, 400, "invalid_value", "validation_file")
+    _check_refused(_report(api, "file-nope"), 404, "not_found", "id")
     folder = settings.bases_dir / "tiny-llama"
     folder.rename(settings.bases_dir / "away")
     try:
-        cases.append((_report(api, file_id), 400, "model_not_available", "base"))
+        _check_refused(_report(api, file_id), 400, "model_not_available", "base")
     finally:
         (settings.bases_dir / "away").rename(folder)
-    for answer, status, code, param in cases:
-        error = answer.json()["error"]
-        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
-    assert httpx2.get(f"{api.base_url}/v1/files/{file_id}/report").status_code == 401
 
 
 def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
@@ -82,9 +79,9 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
     root = api.state.storage.local_root
     assert root is not None
     before = {path for path in root.rglob("*") if path.is_file()}
-    file_id = upload(api, jsonl(colour_rows())).json()["id"]
+    file_id = api.upload_file(jsonl(colour_rows()))
     [stored] = {path for path in root.rglob("*") if path.is_file()} - before
-    other_id = upload(api, jsonl(colour_rows(3))).json()["id"]
+    other_id = api.upload_file(jsonl(colour_rows(3)))
     read: list[Path] = []
 
     def watched(path: Path, *given: Any, **options: Any) -> DataReport:
@@ -99,13 +96,12 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
         (_report(api, file_id), 404, "not_found", "id"),
         (_report(api, other_id, validation_file=file_id), 400, "invalid_value", "validation_file"),
     ):
-        error = answer.json()["error"]
-        assert (answer.status_code, error["code"], error["param"]) == (status, code, param), answer.text
-        assert file_id in error["message"]
+        _check_refused(answer, status, code, param)
+        assert file_id in answer.text
 
 
 def test_a_report_is_stopped_when_its_client_disconnects(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    file_id = upload(api, jsonl(colour_rows())).json()["id"]
+    file_id = api.upload_file(jsonl(colour_rows()))
     begun, given_up = threading.Event(), threading.Event()
 
     def slow(*_paths: object, is_given_up: Callable[[], bool], **_options: object) -> NoReturn:
@@ -131,7 +127,7 @@ def test_a_report_is_stopped_when_its_client_disconnects(api: Api, monkeypatch: 
 def test_a_report_on_a_file_that_takes_too_long_is_one_of_its_first_rows(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file_id = upload(api, jsonl(colour_rows(700))).json()["id"]
+    file_id = api.upload_file(jsonl(colour_rows(700)))
     whole = _report(api, file_id).json()
     monkeypatch.setattr(file_report, "_MAX_SECONDS", 0.0)
     sample = _report(api, file_id).json()
@@ -169,45 +165,26 @@ _FILES = {
         ]
     ),
 }
-_PREFERENCES = [
-    {
-        "input": {"messages": [{"role": "user", "content": one["prompt"]}]},
-        "preferred_output": [{"role": "assistant", "content": "yes"}],
-        "non_preferred_output": [{"role": "assistant", "content": "no"}],
-    }
-    for one in _PAIRS
-]
-
-
-def _prepared(api: Api, context: WorkerContext, content: bytes) -> dict[str, Any]:
-    uploaded = upload(api, content, "rows.bin")
-    assert uploaded.status_code == 200, uploaded.text
-    url = f"{api.base_url}/v1/fine_tuning/jobs"
-    asked = {"model": "tiny-llama", "training_file": uploaded.json()["id"]}
-    job_id = httpx2.post(url, headers=api.headers, json=asked).json()["id"]
-    prepare(context, job_id)
-    found: dict[str, Any] = httpx2.get(f"{url}/{job_id}", headers=api.headers).json()
-    return found
 
 
 def test_files_of_every_container_and_format_become_queued_jobs(api: Api, context: WorkerContext) -> None:
     for name, content in _FILES.items():
-        job = _prepared(api, context, content)
+        job_id = api.create_job(api.upload_file(content))["id"]
+        prepare(context, job_id)
+        job = api.ok("GET", f"/fine_tuning/jobs/{job_id}")
         assert job["status"] == "queued", (name, job["error"])
 
 
-def test_preferences_are_checked_atupload(api: Api) -> None:
-    assert upload(api, jsonl(_PREFERENCES)).status_code == 200
-    broken = json.loads(json.dumps(_PREFERENCES))
-    broken[3]["preferred_output"][0]["content"] = None
-    error = upload(api, jsonl(broken)).json()["error"]
-    assert error["message"].startswith("Line 4, preferred_output[0].content:")
+def test_preferences_are_checked_at_upload(api: Api) -> None:
+    preferences = [preference_row(one["prompt"], "yes", "no") for one in _PAIRS]
+    api.upload_file(jsonl(preferences))
+    preferences[3]["preferred_output"][0]["content"] = None
+    message = api.upload(jsonl(preferences)).json()["error"]["message"]
+    assert message.startswith("Line 4, preferred_output[0].content:")
 
 
 def test_a_broken_parquet_file_leaves_nothing_behind(api: Api) -> None:
-    answer = upload(api, _as_parquet([*_PAIRS, {"prompt": "p", "completion": ""}]))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format")
+    answer = api.upload(_as_parquet([*_PAIRS, {"prompt": "p", "completion": ""}]))
+    _check_refused(answer, 400, "invalid_file_format", "file")
     assert answer.json()["error"]["message"].startswith("Row 13, completion:")
-    root = api.state.storage.local_root
-    assert root is not None
-    assert [path for path in root.rglob("*") if path.is_file()] == []
+    assert api.stored_objects() == []

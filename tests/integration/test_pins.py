@@ -5,10 +5,8 @@ from sqlalchemy import update
 from db.tables import Job
 from luthier.client import LuthierClient
 from luthier.core.inference import ModelTarget
+from tests.aliases import V1, V2, Aliases
 from tests.conftest import TINY_BASE, Api
-from tests.integration.test_aliases import V1, V2, Aliases, ours, theirs
-
-__all__ = ["ours", "theirs"]
 
 
 def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(

@@ -6,18 +6,12 @@ from typing import Any
 from urllib.parse import quote
 
 import httpx2
-import pytest
 from sqlalchemy import text
 
 from api.deps import MAX_DATABASE_REQUESTS
 from luthier.core.ids import new_api_key
-from tests.aliases import CHECKPOINT, V1, V2, Aliases, make_ours
+from tests.aliases import CHECKPOINT, V1, V2, Aliases
 from tests.conftest import TINY_BASE, Api
-
-
-@pytest.fixture
-def ours(api: Api) -> Aliases:
-    return make_ours(api)
 
 
 def ask(api: Api, key: str, model: Any, *, timeout: float = 30) -> httpx2.Response:
