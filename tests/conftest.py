@@ -42,13 +42,15 @@ from luthier.cli.stack.home import load_secrets  # noqa: E402
 from luthier.cli.stack.postgres import open_postgres  # noqa: E402
 from luthier.cli.stack.processes import ProcessSpec, spawn  # noqa: E402
 from luthier.core.ids import new_api_key  # noqa: E402
+from luthier.core.inference import ModelTarget  # noqa: E402
 from luthier.core.settings import Settings  # noqa: E402
+from luthier.serving.base import Health, Reply  # noqa: E402
 from luthier.storage.store import Storage  # noqa: E402
 from luthier.webhooks.sealing import Sealer, new_secret_key  # noqa: E402
 from services.bootstrap import ensure_first_rows  # noqa: E402
-from tests.fakes import FakeBackend  # noqa: E402
 from tests.folders import TEMPORARY_FOLDER, use_temporary_folder  # noqa: E402
 from tests.tiny import BASE_ID, build_tiny_base  # noqa: E402
+from tests.waiting import wait_until  # noqa: E402
 
 # Tests judge what is done, never how fast: the machine may be busy.
 hypothesis.settings.register_profile("luthier", deadline=None)
@@ -59,7 +61,6 @@ inspect.signature(httpx2.get).parameters["timeout"].default.read = 60.0
 use_temporary_folder()
 
 TINY_BASE = BASE_ID
-_START_SECONDS = 60.0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -75,16 +76,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def wait_until(condition: object, *, seconds: float = _START_SECONDS, what: str = "condition") -> None:
-    """Poll until a condition holds, and fail the test when it does not in time."""
-    assert callable(condition)
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.02)
 
 
 @dataclass
@@ -231,6 +222,28 @@ def make_settings(database: Database, tiny_base: Path, tmp_path: Path) -> Settin
         sweep_seconds=0.5,
         warm_spare_seconds=0,
     )
+
+
+@dataclass
+class FakeBackend:
+    """An inference server that remembers what it was asked and answers the same every time."""
+
+    asked: list[tuple[str, bytes, ModelTarget]] = field(default_factory=list)
+    status: int = 200
+    room_bytes: dict[str, int] = field(default_factory=dict)
+    answer: bytes = b'{"object": "chat.completion", "choices": []}'
+
+    async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
+        self.asked.append((path, body, target))
+        return Reply(self.status, {"content-type": "application/json"}, self.answer)
+
+    async def health(self) -> Health:
+        return Health(
+            is_ready=True, holds=frozenset(), num_running=0, num_waiting=0, room_bytes=self.room_bytes
+        )
+
+    async def aclose(self) -> None:
+        pass
 
 
 @dataclass

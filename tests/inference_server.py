@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.server.app import Service
 from tests.tiny import BASE_ID
+from tests.waiting import wait_until  # noqa: F401
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -81,13 +81,6 @@ class Served:
         lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
         assert lines[-1] == "[DONE]"
         return [json.loads(line) for line in lines[:-1]]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, f"not within 120 s: {what}"
-        time.sleep(0.005)
 
 
 def make_settings(folder: Path, **changes: Any) -> Settings:

@@ -25,29 +25,9 @@ KERNELS: collections.Counter[str] = collections.Counter()
 READS: collections.Counter[str] = collections.Counter()
 
 _NO_KERNEL = {
-    *(
-        "view",
-        "t",
-        "transpose",
-        "slice",
-        "select",
-        "expand",
-        "detach",
-        "alias",
-        "unsqueeze",
-        "squeeze",
-        "split",
-    ),
-    *(
-        "split_with_sizes",
-        "permute",
-        "unbind",
-        "as_strided",
-        "_unsafe_view",
-        "empty",
-        "new_empty",
-        "empty_like",
-    ),
+    *("view", "t", "transpose", "slice", "select", "expand", "detach", "alias", "unsqueeze", "squeeze"),
+    *("split", "split_with_sizes", "permute", "unbind", "as_strided", "_unsafe_view"),
+    *("empty", "new_empty", "empty_like"),
 }
 _READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"}
 # Copies between devices, and indices that torch moves itself.

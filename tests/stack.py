@@ -8,12 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.folders import TEMPORARY_FOLDER
 from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 WAIT_SECONDS = 60.0
@@ -47,13 +47,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.02)
 
 
 class Stack:

@@ -205,31 +205,19 @@ def _ask(api: Api, path: str, method: str = "GET", **headers: str) -> httpx2.Res
 
 
 def test_a_single_range_is_answered_with_206_and_its_place(api: Api, file_id: str) -> None:
-    for asked, start, end in (
-        ("bytes=0-0", 0, 1),
-        ("bytes=5-9", 5, 10),
-        (f"bytes={SIZE - 3}-", SIZE - 3, SIZE),
-        ("bytes=-4", SIZE - 4, SIZE),
-        (f"bytes=7-{SIZE * 9}", 7, SIZE),
-        (f"bytes=-{SIZE * 9}", 0, SIZE),
-    ):
+    for asked, start, end in (("bytes=5-9", 5, 10), ("bytes=-4", SIZE - 4, SIZE)):
         answer = _ask(api, f"/files/{file_id}/content", range=asked)
         assert (answer.status_code, answer.content) == (206, ROWS[start:end])
         assert answer.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
         assert answer.headers["content-length"] == str(end - start)
         assert answer.headers["etag"] == ETAG
-    for asked in ("bytes=0-1,5-6", "rows=0-1", "bytes=9-3", "nonsense"):
-        answer = _ask(api, f"/files/{file_id}/content", range=asked)
-        assert (answer.status_code, answer.content) == (200, ROWS)
-        assert "content-range" not in answer.headers
-
-
-def test_a_range_outside_is_416_with_the_size(api: Api, file_id: str) -> None:
-    for asked in (f"bytes={SIZE}-", "bytes=-0"):
-        answer = _ask(api, f"/files/{file_id}/content", range=asked)
-        assert answer.status_code == 416
-        assert answer.headers["content-range"] == f"bytes */{SIZE}"
-        assert answer.json()["error"]["code"] == "range_not_satisfiable"
+    several = _ask(api, f"/files/{file_id}/content", range="bytes=0-1,5-6")
+    assert (several.status_code, several.content) == (200, ROWS)
+    assert "content-range" not in several.headers
+    outside = _ask(api, f"/files/{file_id}/content", range=f"bytes={SIZE}-")
+    assert outside.status_code == 416
+    assert outside.headers["content-range"] == f"bytes */{SIZE}"
+    assert outside.json()["error"]["code"] == "range_not_satisfiable"
 
 
 def test_conditions_are_those_of_http(api: Api, file_id: str) -> None:
@@ -293,12 +281,6 @@ def test_names_in_any_script_come_back_as_they_were_given(client: openai.OpenAI)
         assert upload.filename == name
         assert upload.file is not None
         assert upload.file.filename == name
-
-
-def test_a_name_in_rfc_5987_form_is_read(api: Api) -> None:
-    head = _FILE_HEAD.replace(b"\r\n\r\n", b"; filename*=UTF-8''%D0%B4%D0%B0%D0%BD%D1%96.jsonl\r\n\r\n")
-    answer = _post_form(api, _field("purpose", "fine-tune"), head, ROWS, b"\r\n--x--\r\n")
-    assert answer.json()["filename"] == "дані.jsonl"
 
 
 def test_bytes_that_are_missing_are_reported_before_anything_is_sent(api: Api, file_id: str) -> None:
