@@ -99,12 +99,10 @@ class Server:
             folder=self.spec.folder,
             death_signal=self.spec.death_signal,
         )
-        assert self.spec.is_ready is not None
         wait_until(self.spec.is_ready, what="PostgreSQL answers")
 
     def stop(self, number: int | None = None) -> None:
         """Stop it, in order or by a signal of a test's choice."""
-        assert self.process is not None
         self.process.send_signal(self.spec.stop_signal if number is None else number)
         self.process.wait(timeout=30)
 
@@ -267,8 +265,7 @@ class ProjectClient:
         """Return the body of an answer that must be 200."""
         answer = self.ask(method, path, body, **options)
         assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
+        return answer.json()
 
     def refused(
         self, method: str, path: str, body: Any = None, **options: Any
@@ -280,14 +277,18 @@ class ProjectClient:
         assert set(error) == {"message", "type", "param", "code"}
         return answer.status_code, error["code"], error["param"], error["message"]
 
-    def sdk(self, *, is_strict: bool = True) -> openai.OpenAI:
-        """The SDK, which repeats nothing; a strict one refuses what its own types do not describe."""
+    def client(self, key: str | None = None, *, is_strict: bool = True) -> openai.OpenAI:
+        """Return the SDK, which repeats nothing; a strict one refuses what its own types do not describe."""
         return openai.OpenAI(
             base_url=f"{self.http.base_url}/v1",
-            api_key=self.key,
+            api_key=key or self.key,
             max_retries=0,
             _strict_response_validation=is_strict,
         )
+
+    def make_key(self, project: str = "other") -> dict[str, Any]:
+        """Make a key of another project, or of this one."""
+        return self.ok("POST", "/keys", {"name": project, "project": project})
 
     def upload(self, content: bytes, name: str = "rows.jsonl", **options: Any) -> httpx2.Response:
         """Upload a training file."""
@@ -304,8 +305,8 @@ class ProjectClient:
         return self.ok("POST", "/fine_tuning/jobs", {"model": TINY_BASE, "training_file": file_id} | body)
 
     def other_project(self, name: str = "other") -> "ProjectClient":
-        """Make a key of another project, and speak with it."""
-        made = self.ok("POST", "/keys", {"name": name, "project": name})
+        """Speak as another project, with a new key of it."""
+        made = self.make_key(name)
         return ProjectClient(self.http, made["key"], made["project_id"])
 
 
@@ -321,7 +322,6 @@ class Api(ProjectClient):
     def stored_objects(self) -> list[str]:
         """Return the names of all objects in storage, without their prefixes, sorted."""
         root = self.state.storage.local_root
-        assert root is not None
         return sorted(path.name for path in root.rglob("*") if path.is_file())
 
 

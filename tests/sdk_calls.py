@@ -50,6 +50,16 @@ class World:
     other_project_id: str
     made: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def permissions(self) -> Permissions:
+        return self.strict.fine_tuning.checkpoints.permissions
+
+    def sent(self) -> tuple[Any, str]:
+        """Let a new endpoint be sent a test; return the request and the endpoint's secret."""
+        endpoint = self.endpoint()
+        self.strict.webhooks.test(endpoint.id, event_type="fine_tuning.job.succeeded")
+        return self.receiver.received[-1], endpoint.signing_secret
+
     def file(self, client: openai.OpenAI | None = None) -> str:
         """Upload training rows and return the file's id."""
         return (client or self.strict).files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
@@ -94,27 +104,21 @@ def _completed(world: World) -> Any:
 
 
 def _permission(world: World) -> Any:
-    granted = world.strict.fine_tuning.checkpoints.permissions.create(
-        world.model, project_ids=[world.other_project_id]
-    )
+    granted = world.permissions.create(world.model, project_ids=[world.other_project_id])
     return next(iter(granted))
 
 
 def _unwrapped(world: World) -> Any:
-    endpoint = world.endpoint()
-    world.strict.webhooks.test(endpoint.id, event_type="fine_tuning.job.succeeded")
-    sent = world.receiver.received[-1]
-    return world.strict.webhooks.unwrap(sent.body, sent.headers, secret=endpoint.signing_secret)
+    sent, secret = world.sent()
+    return world.strict.webhooks.unwrap(sent.body, sent.headers, secret=secret)
 
 
 def _verified(world: World) -> Any:
-    endpoint = world.endpoint()
-    world.strict.webhooks.test(endpoint.id, event_type="fine_tuning.job.succeeded")
-    sent = world.receiver.received[-1]
-    world.strict.webhooks.verify_signature(sent.body, sent.headers, secret=endpoint.signing_secret)
-    return None
+    sent, secret = world.sent()
+    world.strict.webhooks.verify_signature(sent.body, sent.headers, secret=secret)
 
 
+_GRADER: Any = {"input": "i", "name": "n", "operation": "eq", "reference": "r", "type": "string_check"}
 CALLS: dict[str, Callable[[World], Any]] = {
     "files.create": lambda w: w.strict.files.create(
         file=("rows.jsonl", ROWS),
@@ -154,15 +158,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
             "type": "supervised",
             "supervised": {"hyperparameters": {"n_epochs": "auto"}},
             "dpo": {"hyperparameters": {"beta": "auto"}},
-            "reinforcement": {
-                "grader": {
-                    "input": "input",
-                    "name": "name",
-                    "operation": "eq",
-                    "reference": "reference",
-                    "type": "string_check",
-                }
-            },
+            "reinforcement": {"grader": _GRADER},
         },
         seed=42,
         suffix="x",
@@ -175,16 +171,10 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "fine_tuning.jobs.resume": _resumed,
     "fine_tuning.jobs.checkpoints.list": lambda w: w.strict.fine_tuning.jobs.checkpoints.list(w.job_id),
     "fine_tuning.checkpoints.permissions.create": _permission,
-    "fine_tuning.checkpoints.permissions.retrieve": lambda w: (
-        w.strict.fine_tuning.checkpoints.permissions.retrieve(w.model)
-    ),
-    "fine_tuning.checkpoints.permissions.list": lambda w: w.strict.fine_tuning.checkpoints.permissions.list(
-        w.model, order="ascending"
-    ),
-    "fine_tuning.checkpoints.permissions.delete": lambda w: (
-        w.strict.fine_tuning.checkpoints.permissions.delete(
-            _permission(w).id, fine_tuned_model_checkpoint=w.model
-        )
+    "fine_tuning.checkpoints.permissions.retrieve": lambda w: w.permissions.retrieve(w.model),
+    "fine_tuning.checkpoints.permissions.list": lambda w: w.permissions.list(w.model, order="ascending"),
+    "fine_tuning.checkpoints.permissions.delete": lambda w: w.permissions.delete(
+        _permission(w).id, fine_tuned_model_checkpoint=w.model
     ),
     "webhooks.create": lambda w: w.endpoint(),
     "webhooks.retrieve": lambda w: w.strict.webhooks.retrieve(w.endpoint().id),
@@ -210,7 +200,6 @@ ABSENT = {
         grader=_GRADER
     ),
 }
-_GRADER: Any = {"input": "i", "name": "n", "operation": "eq", "reference": "r", "type": "string_check"}
 NOTES = {
     "fine_tuning.jobs.pause": "by the lenient client: the package's types know no `pausing` and `paused`",
     "files.retrieve_content": "deprecated in the package",

@@ -18,7 +18,7 @@ from worker.context import WorkerContext
 
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
-    return api.sdk()
+    return api.client()
 
 
 @pytest.fixture

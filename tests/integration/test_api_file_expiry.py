@@ -29,7 +29,6 @@ def test_a_file_expires_as_many_seconds_after_its_creation_as_was_asked(client: 
     )
     part = client.uploads.parts.create(upload.id, data=ROWS)
     done = client.uploads.complete(upload.id, part_ids=[part.id])
-    assert done.file is not None
     assert done.file.expires_at == done.file.created_at + 30 * DAY
     assert done.expires_at == done.created_at + 3600
     assert client.files.create(file=("c.jsonl", ROWS), purpose="fine-tune").expires_at is None
@@ -111,7 +110,7 @@ def test_bytes_that_could_not_be_deleted_are_deleted_by_the_sweep(
 
 def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_into(api: Api) -> None:
     # Lenient: the SDK's type of an answer lacks `evals`, which its own requests have.
-    client = api.sdk(is_strict=False)
+    client = api.client(is_strict=False)
     content = b"\x89PNG no rows at all"
     purposes = ("assistants", "batch", "vision", "user_data", "evals")
     for purpose in purposes:
@@ -127,6 +126,6 @@ def test_every_purpose_of_openai_is_taken_and_only_training_files_are_looked_int
     assert refused.value.code == "invalid_file_purpose"
     for purpose in ("fine-tune-results", "assistants_output", "batch_output"):
         with pytest.raises(openai.BadRequestError, match="made by the service") as refused:
-            client.files.create(file=("a.png", content), purpose=purpose)  # type: ignore[arg-type]
+            client.files.create(file=("a.png", content), purpose=purpose)
         assert (refused.value.code, refused.value.param) == ("unsupported_value", "purpose")
     assert len(api.stored_objects()) == len(purposes)

@@ -279,13 +279,11 @@ def test_names_in_any_script_come_back_as_they_were_given(client: openai.OpenAI)
             file=ROWS, filename=name, bytes=SIZE, mime_type="text/jsonl", purpose="fine-tune"
         )
         assert upload.filename == name
-        assert upload.file is not None
         assert upload.file.filename == name
 
 
 def test_bytes_that_are_missing_are_reported_before_anything_is_sent(api: Api, file_id: str) -> None:
     root = api.state.storage.local_root
-    assert root is not None
     [path] = root.rglob(file_id)
     path.unlink()
     answer = _ask(api, f"/files/{file_id}/content")

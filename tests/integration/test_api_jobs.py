@@ -35,7 +35,6 @@ def test_a_created_job_has_openais_shape_and_notifies_once(
     assert (job.status, job.model, job.seed) == ("validating_files", "tiny-llama", 7)
     assert (job.fine_tuned_model, job.error, job.result_files) == (None, None, [])
     assert job.hyperparameters.n_epochs == "auto"
-    assert job.method is not None
     assert job.method.type == "supervised"
     assert api.notified == [job.id]
     assert client.fine_tuning.jobs.retrieve(job.id) == job

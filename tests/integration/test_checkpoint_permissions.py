@@ -56,7 +56,7 @@ def test_a_project_may_call_a_shared_model_until_the_permission_is_deleted(
     _, _, target = api.backend.asked[-1]
     assert (target.model, target.digest) == (NAME, "sha256:d")
     assert _tuned(other) == {NAME}
-    assert other.sdk().models.retrieve(NAME).id == NAME
+    assert other.client().models.retrieve(NAME).id == NAME
     assert _chat(third) == 404
     assert _tuned(third) == set()
 
@@ -89,7 +89,7 @@ def _register(session: Session, job_id: str, kind: str, step: int, name: str) ->
     job = session.get_one(Job, job_id)
     spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": BASE_FACTS})
     made = {"artifact_key": "k", "artifact_digest": "sha256:d", "metrics": {}}
-    models.register(session, job, spec, name=name, kind=kind, step=step, **made)  # type: ignore[arg-type]
+    models.register(session, job, spec, name=name, kind=kind, step=step, **made)
 
 
 def _delete(_session: Session, owner: openai.OpenAI, _job_id: str) -> None:

@@ -40,7 +40,7 @@ def api(postgres: Server, tiny_base: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def client(api: Api) -> openai.OpenAI:
-    return api.sdk(is_strict=False)
+    return api.client(is_strict=False)
 
 
 def _three_epochs(script: Any) -> None:
@@ -121,7 +121,7 @@ def test_a_job_in_every_status_has_the_types_that_typed_clients_read(
 def test_statuses_are_those_of_the_sdks_types_but_for_a_pause(
     jobs_by_status: dict[str, dict[str, Any]],
 ) -> None:
-    known = set(FineTuningJob.model_fields["status"].annotation.__args__)  # type: ignore[union-attr]
+    known = set(FineTuningJob.model_fields["status"].annotation.__args__)
     assert set(jobs_by_status) - known == {"pausing", "paused"}
 
 

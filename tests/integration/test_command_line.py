@@ -1,8 +1,6 @@
 """The command line's whole path against a served API: files, a job, its checkpoints, an answer."""
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,30 +8,37 @@ from pathlib import Path
 import pytest
 
 from luthier.cli.commands.follow import thinned
+from luthier.cli.main import main
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 
 Run = Callable[..., str]
-
-
-def _luthier(api: Api, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "LUTHIER_BASE_URL": f"{api.base_url}/v1",
-        "LUTHIER_API_KEY": api.key,
-    }
-    command = [sys.executable, "-m", "luthier.cli.main", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+Luthier = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(api: Api) -> Run:
-    """Run a command against the API, which must succeed, and return what it printed."""
+def luthier(api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Luthier:
+    """Run a command against the API, and return its exit code and what it printed to both streams."""
+    monkeypatch.setenv("LUTHIER_BASE_URL", f"{api.base_url}/v1")
+    monkeypatch.setenv("LUTHIER_API_KEY", api.key)
+
+    def invoke(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["luthier", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *capsys.readouterr()
+
+    return invoke
+
+
+@pytest.fixture
+def run(luthier: Luthier) -> Run:
+    """Run a command, which must succeed, and return what it printed."""
 
     def invoke(*arguments: str) -> str:
-        done = _luthier(api, *arguments)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        code, printed, errors = luthier(*arguments)
+        assert code == 0, errors
+        return printed
 
     return invoke
 
@@ -54,9 +59,8 @@ def test_a_file_is_uploaded_listed_and_deleted(run: Run, rows: Path) -> None:
 
 
 def test_a_job_is_made_of_a_file_on_this_machine_by_a_named_method(run: Run, rows: Path) -> None:
-    printed = run(
-        "jobs", "create", str(rows), "--model", "tiny-llama", "--method", "prefix", "--suffix", "cli"
-    )
+    options = ("--model", "tiny-llama", "--method", "prefix", "--suffix", "cli")
+    printed = run("jobs", "create", str(rows), *options)
     assert "Uploaded rows.jsonl as file-" in printed
     [job] = json.loads(run("jobs", "list", "--json"))
     assert f"Job {job['id']} on tiny-llama" in printed
@@ -65,30 +69,28 @@ def test_a_job_is_made_of_a_file_on_this_machine_by_a_named_method(run: Run, row
     assert run("jobs", "checkpoints", job["id"]) == "The job has no checkpoints yet.\n"
 
 
-def test_a_job_is_made_of_a_file_that_is_uploaded_already(run: Run, rows: Path) -> None:
+def test_a_job_is_made_of_a_file_that_is_uploaded_already_or_refused_in_one_line(
+    luthier: Luthier, run: Run, rows: Path
+) -> None:
     file_id = run("files", "upload", str(rows)).split()[0]
     job = json.loads(run("jobs", "create", file_id, "--model", "tiny-llama", "--json"))
     assert job["training_file"] == file_id
-
-
-def test_a_refused_job_says_why_and_keeps_the_uploaded_file(api: Api, run: Run, rows: Path) -> None:
-    file_id = run("files", "upload", str(rows)).split()[0]
-    refused = _luthier(api, "jobs", "create", file_id, "--model", "no-such")
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("luthier: ")
-    assert "no-such" in refused.stderr
-    absent = _luthier(api, "jobs", "create", "none.jsonl", "--model", "tiny-llama")
-    assert "none.jsonl can't be read" in absent.stderr
+    code, _, errors = luthier("jobs", "create", file_id, "--model", "no-such")
+    assert code == 1
+    assert errors.startswith("luthier: ")
+    assert "no-such" in errors
+    _, _, errors = luthier("jobs", "create", "none.jsonl", "--model", "tiny-llama")
+    assert "none.jsonl can't be read" in errors
     assert file_id in run("files", "list")
 
 
-def test_a_broken_file_lists_every_fault_that_was_found(api: Api, tmp_path: Path) -> None:
+def test_a_broken_file_lists_every_fault_that_was_found(luthier: Luthier, tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_bytes(jsonl(colour_rows(2)) + b'{"messages": 1}\n' * 7)
-    refused = _luthier(api, "check", str(path))
-    assert refused.returncode == 1
-    assert "in 7 places" in refused.stderr
-    missing = [number for number in range(3, 10) if f"line {number}" not in refused.stderr.lower()]
+    code, _, errors = luthier("check", str(path))
+    assert code == 1
+    assert "in 7 places" in errors
+    missing = [number for number in range(3, 10) if f"line {number}" not in errors.lower()]
     assert missing == []
 
 

@@ -25,10 +25,7 @@ def _dpo(**hyperparameters: Any) -> Any:
 
 
 def _beta_of(job: FineTuningJob) -> object:
-    assert job.method is not None
     assert (job.method.type, job.method.supervised) == ("dpo", None)
-    assert job.method.dpo is not None
-    assert job.method.dpo.hyperparameters is not None
     return job.method.dpo.hyperparameters.beta
 
 
@@ -81,7 +78,6 @@ def test_rows_of_the_other_kind_are_refused_with_the_field_and_what_to_do(
     in_parts = client.uploads.upload_file_chunked(
         file=rows, filename="a", bytes=len(rows), mime_type="text/jsonl", purpose="fine-tune"
     )
-    assert in_parts.file is not None
     dpo: dict[str, Any] = {"method": {"type": "dpo"}}
     cases = [
         ({"training_file": chats, **dpo}, "training_file", "learns from preferences"),
@@ -107,7 +103,6 @@ def test_in_files_without_a_recorded_format_prepare_finds_rows_of_the_other_kind
         work(context)
         failed = client.fine_tuning.jobs.retrieve(job["id"])
         assert failed.status == "failed"
-        assert failed.error is not None
         assert failed.error.code == "invalid_training_file"
         assert expected in failed.error.message
 

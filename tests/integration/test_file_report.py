@@ -77,7 +77,6 @@ def test_a_report_reads_stored_bytes_where_they_are_and_misses_them_by_name(
     api: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = api.state.storage.local_root
-    assert root is not None
     before = {path for path in root.rglob("*") if path.is_file()}
     file_id = api.upload_file(jsonl(colour_rows()))
     [stored] = {path for path in root.rglob("*") if path.is_file()} - before
