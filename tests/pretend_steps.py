@@ -27,13 +27,9 @@ _CONFIG = {
 
 
 def count_step(kinds: tuple[str, ...], num_adapters: int, num_layers: int) -> dict[str, tuple[int, int]]:
-    """Count kernels and blocking reads of steps of 16 sequences.
+    """Count kernels and blocking reads of steps of 16 sequences, whose adapters are of the kinds in turn.
 
-    Args:
-        kinds: of the adapters, in turn.
-
-    Returns:
-        Of a step that decodes all, of one that also runs a long prompt, and of reading rows of logits.
+    Of a step that decodes all, of one that also runs a long prompt, and of reading rows of logits.
     """
     torch.manual_seed(0)
     config = Qwen3Config(**_CONFIG, num_hidden_layers=num_layers)

@@ -10,12 +10,7 @@ _SOCKET_NAME = ".s.PGSQL.5432"
 
 
 class StallingProxy:
-    """Passes bytes both ways between its own socket and the server's, unless it stalls.
-
-    Args:
-        folder: where its socket goes; a short path.
-        server_folder: where the server's is.
-    """
+    """Passes bytes both ways between its own socket, in a folder with a short path, and the server's."""
 
     def __init__(self, folder: Path, server_folder: Path) -> None:
         self._target = str(server_folder / _SOCKET_NAME)

@@ -52,9 +52,7 @@ def is_alive(pid: int) -> bool:
 class Stack:
     """One `luthier up`, or a stand-in for it: its process, output and home.
 
-    Args:
-        folder: a short one that every user may enter.
-        command: what is started, given home and port.
+    Its folder has a short path that every user may enter; `command` is given home and port.
     """
 
     def __init__(self, folder: Path, command: Callable[[Path, int], list[str]]) -> None:
@@ -108,7 +106,6 @@ class Stack:
         raise AssertionError(f"no process {part}")
 
     def stop(self) -> None:
-        """Stop it when it runs."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(timeout=30)

@@ -140,16 +140,7 @@ def _write_weights(folder: Path, seed: int) -> int:
 
 
 def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
-    """Write the random base as a sealed folder with the layout of a fetched one.
-
-    Args:
-        folder: where it is built; its parent is made, an older folder there is replaced.
-        seed: decides every weight.
-
-    Returns:
-        `folder`, with config.json, generation_config.json, model.safetensors (fp32), tokenizer.json,
-        tokenizer_config.json, chat_template.jinja, base.json and manifest.json.
-    """
+    """Write the random base as a sealed folder with the layout of a fetched one, and return the folder."""
     building = folder.with_name(f".{folder.name}.building")
     building.mkdir(parents=True)
     write_tokenizer(building)
@@ -173,43 +164,32 @@ def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
 def build_tiny_rows(num_rows: int, *, seed: int = 0) -> PreparedRows:
     """Make rows that a tiny model can learn from: a random prompt, then an answer that repeats its start.
 
-    Args:
-        num_rows: rows; they have 12 to 47 tokens each, the last 5 to 8 of them supervised.
-        seed: decides every token.
-
-    Returns:
-        The rows, on lines 1, 2, and so on.
+    They have 12 to 47 tokens each, the last 5 to 8 of them supervised, and stand on lines 1, 2, and so on.
     """
-    generator = np.random.default_rng(seed)
-    tokens, supervised = [], []
-    for _ in range(num_rows):
-        prompt = generator.integers(3, 40, generator.integers(7, 40)).astype(np.int32)
-        answer = np.resize(prompt[:2], generator.integers(5, 9)).astype(np.int32)
-        tokens.append(np.concatenate([prompt, answer]))
-        supervised.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
-    return join_rows(tokens, supervised, list(range(1, num_rows + 1)))
+    return _join(num_rows, seed, are_pairs=False)
 
 
 def build_tiny_pairs(num_pairs: int, *, seed: int = 0) -> PreparedRows:
     """Make preferences that a tiny model can learn: an answer that repeats the prompt's start, or not.
 
-    Args:
-        num_pairs: pairs; two rows each, the preferred one first, on lines 1, 2, and so on.
-        seed: decides every token.
-
-    Returns:
-        The rows.
+    Each is two rows of one line, the preferred one first.
     """
+    return _join(num_pairs, seed, are_pairs=True)
+
+
+def _join(num_prompts: int, seed: int, *, are_pairs: bool) -> PreparedRows:
     generator = np.random.default_rng(seed)
-    tokens, supervised = [], []
-    for _ in range(num_pairs):
+    tokens, supervised, lines = [], [], []
+    for line in range(1, num_prompts + 1):
         prompt = generator.integers(3, 40, generator.integers(7, 40)).astype(np.int32)
-        preferred = np.resize(prompt[:2], generator.integers(5, 9)).astype(np.int32)
-        other = generator.integers(3, 40, generator.integers(5, 9)).astype(np.int32)
-        for answer in (preferred, other):
+        answers = [np.resize(prompt[:2], generator.integers(5, 9)).astype(np.int32)]
+        if are_pairs:
+            answers.append(generator.integers(3, 40, generator.integers(5, 9)).astype(np.int32))
+        for answer in answers:
             tokens.append(np.concatenate([prompt, answer]))
             supervised.append(np.arange(len(prompt) + len(answer)) >= len(prompt))
-    return join_rows(tokens, supervised, [line for pair in range(1, num_pairs + 1) for line in (pair, pair)])
+            lines.append(line)
+    return join_rows(tokens, supervised, lines)
 
 
 @dataclass(frozen=True)
@@ -222,7 +202,6 @@ class Parent:
 
     @property
     def model(self) -> TunedModel:
-        """As a spec names it."""
         return TunedModel(
             model_id="model_parent",
             name=f"ft:tiny-llama:org:{self.method}:ABCDEFGH",
@@ -244,22 +223,10 @@ def build_tiny_run(
     parent: Parent | None = None,
     foundation: Parent | None = None,
 ) -> Path:
-    """Write a run directory that `python -m luthier.training` accepts: float32, one thread, on a CPU.
+    """Write a run directory that `python -m luthier.training` accepts, with one thread on a CPU.
 
-    Args:
-        folder: the run directory, to be made.
-        base: a folder that `build_tiny_base` wrote.
-        num_rows: training rows.
-        num_validation_rows: validation rows; none when 0.
-        tuning: the request's `tuning` object.
-        hyperparameters: OpenAI's three knobs.
-        training: the request's `training` object.
-        beta: the objective is dpo with this beta, and the rows are pairs.
-        parent: the tuned model that the job continues from.
-        foundation: the whole model below the job's artifact.
-
-    Returns:
-        `folder`.
+    With a beta the objective is dpo, and the rows are pairs. `parent` is the tuned model that the job
+    continues from, `foundation` the whole model below its artifact.
     """
     folder.mkdir(parents=True)
     build_rows = build_tiny_rows if beta is None else build_tiny_pairs

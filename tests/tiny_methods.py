@@ -126,18 +126,13 @@ CASES = DEFAULTS + [case for case in VARIANTS if case not in DEFAULTS]
 
 
 class Bench:
-    """The tiny bases on disk, and what is done with them.
-
-    Args:
-        bases: a folder a shape.
-    """
+    """The tiny bases on disk, a folder a shape, and what is done with them."""
 
     def __init__(self, bases: dict[str, Path]) -> None:
         self.bases = bases
         self._digests = {shape: self._digest(shape) for shape in bases}
 
     def is_untouched(self, shape: str) -> bool:
-        """Whether a base's files are as they were written."""
         return self._digest(shape) == self._digests[shape]
 
     def _digest(self, shape: str) -> str:
@@ -145,9 +140,7 @@ class Bench:
         return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 
     def load(self, shape: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """Load a base as training does."""
-        found: Any = load_base(self.bases[shape], dtype=dtype, device="cpu")
-        return found
+        return load_base(self.bases[shape], dtype=dtype, device="cpu")
 
     def start(self, case: Case, seed: int = 5) -> Start:
         """Return a start with the base's own tokenizer and the training rows."""
@@ -162,7 +155,6 @@ class Bench:
     def attach(
         self, case: Case, *, dtype: torch.dtype = torch.float32, seed: int = 5
     ) -> tuple[Method, Attached]:
-        """Put a case's method on its base."""
         method, params = case.settle()
         attached = method.attach(self.load(case.shape, dtype), params, self.start(case, seed))
         attached.model.eval()
@@ -174,7 +166,6 @@ class Bench:
         return JobModel(method, attached, "cpu", batch(0))
 
     def trained(self, case: Case, num_steps: int = 3) -> JobModel:
-        """Train a case for a few steps."""
         job_model = self.job_model(case)
         train(job_model, case, num_steps)
         return job_model
@@ -193,7 +184,6 @@ def make_job_model(
 
 
 def rows_of(rows: PreparedRows) -> list[list[int]]:
-    """Return the token ids of every row."""
     return [rows.row(index)[0].tolist() for index in range(rows.num_rows)]
 
 
@@ -203,14 +193,12 @@ def batch(*numbers: int) -> Batch:
 
 
 def everything() -> Batch:
-    """Return all rows in one batch."""
     return batch(*range(ROWS.num_rows))
 
 
 def step(
     job_model: JobModel, optimizer: torch.optim.Optimizer, parts: list[Batch], *, learning_rate: float
 ) -> StepScores:
-    """Train one step."""
     num_supervised = sum(int(part.supervised_BT.sum()) for part in parts)
     scores = compute_gradients(job_model, parts, num_supervised=num_supervised)
     apply_gradients(job_model, optimizer, scores, learning_rate=learning_rate, max_grad_norm=1.0)
@@ -241,7 +229,6 @@ def logits_on(causal_lm: PreTrainedModel, installed: Installed, token_ids_BT: to
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:
-    """Return a hash over the bytes of tensors."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().flatten().contiguous().view(torch.uint8).numpy().tobytes())

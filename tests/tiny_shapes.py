@@ -99,16 +99,7 @@ SERVED_SHAPES: dict[str, PreTrainedConfig] = {
 
 
 def build_shape(folder: Path, name: str, *, seed: int = 0) -> Path:
-    """Write a random base of a shape, with what transformers loads a model and a tokenizer from.
-
-    Args:
-        folder: where it shall lie; made.
-        name: one of `SHAPES` or `SERVED_SHAPES`.
-        seed: decides every weight.
-
-    Returns:
-        `folder`.
-    """
+    """Write a random base of a shape, with what transformers loads a model and a tokenizer from."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config((SHAPES | SERVED_SHAPES)[name], dtype=torch.float32)

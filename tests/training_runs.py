@@ -42,7 +42,7 @@ def run_here(
     num_passages: int = 2,
     is_stopped: bool = False,
 ) -> list[TrainingEvent]:
-    """Run a directory to its end, or until it is killed.
+    """Run a directory to its end, or until it is killed, and return its events.
 
     Args:
         folder: the run directory.
@@ -51,9 +51,6 @@ def run_here(
         max_tokens: bound on a micro-batch, instead of the device's.
         num_passages: passages of the general text; all 42 take a tiny base most of a second.
         is_stopped: whether it is asked to stop before it begins.
-
-    Returns:
-        What was said, up to the end.
     """
     stop = StopRequest()
     stop.is_set = is_stopped
@@ -85,13 +82,8 @@ def run_killed_everywhere(
 ) -> tuple[int, list[TrainingEvent]]:
     """Run a directory in attempts, each of which is killed after an event that was never said before.
 
-    Args:
-        folder: the run directory.
-        kinds: types of the events after which a kill comes.
-        max_tokens: as for `run_here`.
-
-    Returns:
-        The number of kills and what the last attempt, which was not killed, said.
+    Return the number of kills and what the last attempt, which was not killed, said; `kinds` are the types of
+    events after which a kill comes.
     """
     reported: set[tuple[str, int]] = set()
 

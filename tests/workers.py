@@ -57,14 +57,7 @@ def environment_of(settings: Settings, **changes: object) -> dict[str, str]:
 def running_worker(
     settings: Settings, log_path: Path, *arguments: str, module: str = "worker", **environment: str
 ) -> Iterator[Worker]:
-    """Run a worker over the settings; killed at the end if it still runs.
-
-    Args:
-        log_path: where its output goes.
-        *arguments: of `python -m worker`.
-        module: another process of the service.
-        **environment: further variables.
-    """
+    """Run a worker, or another process of the service, until the block ends."""
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
