@@ -69,13 +69,6 @@ def test_a_form_is_refused_by_the_field_that_is_wrong(api: Api) -> None:
     assert api.stored_objects() == []
 
 
-def test_an_upload_over_the_limit_is_refused_and_not_kept(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api.state.settings, "max_upload_bytes", 1000)
-    answer = api.upload(jsonl(colour_rows(100)))
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "file_too_large")
-    assert api.stored_objects() == []
-
-
 _FILE_HEAD = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
 _MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 

@@ -1,17 +1,11 @@
 """The jobs resource over HTTP before any worker has touched a job."""
 
-import asyncio
-import threading
-from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 
-from luthier.core.errors import UnavailableError
-from luthier.serving.base import Reply
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 
@@ -189,19 +183,6 @@ def test_an_idempotency_key_makes_one_job_however_often_it_is_sent(api: Api, fil
     with ThreadPoolExecutor(12) as pool:
         made = [*pool.map(lambda _: api.ok("POST", "/fine_tuning/jobs", body, **once)["id"], range(12))]
     assert len(set(made)) == 1
-    other = api.refused("POST", "/fine_tuning/jobs", body | {"suffix": "other"}, **once)
-    assert other[:2] == (400, "idempotency_key_reused")
-
-
-def test_the_sdks_silent_retry_makes_one_job(api: Api, file_id: str) -> None:
-    def create(num_retries: int) -> str:
-        body = {"model": "tiny-llama", "training_file": file_id}
-        headers = {"X-Stainless-Retry-Count": str(num_retries)}
-        return str(api.ok("POST", "/fine_tuning/jobs", body, headers=headers)["id"])
-
-    first = create(0)
-    assert create(1) == first
-    assert create(0) != first
 
 
 def test_a_refused_method_is_answered_with_those_there_are(api: Api) -> None:
@@ -233,40 +214,3 @@ def test_chat_resolves_a_mapped_name_to_its_base(api: Api, client: openai.OpenAI
     assert names == {"tiny-llama", "gpt-4o-mini-2024-07-18"}
     with pytest.raises(openai.PermissionDeniedError):
         client.models.delete("tiny-llama")
-
-
-def test_a_client_that_leaves_stops_the_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, cancelled = threading.Event(), threading.Event()
-
-    async def never(path: str, body: bytes, target: object) -> object:
-        entered.set()
-        try:
-            await asyncio.sleep(60)
-        except asyncio.CancelledError:
-            cancelled.set()
-            raise
-
-    monkeypatch.setattr(api.backend, "complete", never)
-    body = {"model": "tiny-llama", "messages": []}
-    with pytest.raises(httpx2.ReadTimeout):
-        api.ask("POST", "/chat/completions", body, timeout=httpx2.Timeout(10, read=0.5))
-    assert entered.is_set()
-    assert cancelled.wait(timeout=5), "the inference server still computes"
-
-
-def test_a_stream_that_breaks_off_ends_with_an_error_that_the_sdk_raises(
-    api: Api, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def broken() -> AsyncGenerator[bytes]:
-        yield b'data: {"id":"x","object":"chat.completion.chunk","created":1,"model":"m","choices":[]}\n\n'
-        raise UnavailableError("The inference server left.")
-
-    async def complete(path: str, body: bytes, target: object) -> Reply:
-        return Reply(200, {"content-type": "text/event-stream"}, events=broken())
-
-    monkeypatch.setattr(api.backend, "complete", complete)
-    stream = client.chat.completions.create(
-        model="tiny-llama", messages=[{"role": "user", "content": "hi"}], stream=True
-    )
-    with pytest.raises(openai.APIError, match="left"):
-        list(stream)

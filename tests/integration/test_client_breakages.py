@@ -182,7 +182,8 @@ def test_an_answer_to_a_fault_of_ours_has_an_id_too(api: Api, monkeypatch: pytes
 
     monkeypatch.setattr("services.jobs.jobs.list_", break_down)
     with structlog.testing.capture_logs() as logs:
-        answer = api.ask("GET", "/fine_tuning/jobs")
+        # As the server does after a fault.
+        answer = api.ask("GET", "/fine_tuning/jobs", headers={"Connection": "close"})
     assert [line["request_id"] for line in logs] == [answer.headers["x-request-id"]]
     assert (answer.status_code, set(answer.json()["error"])) == (500, _SHAPE)
     assert answer.headers["x-request-id"].startswith("req_")
