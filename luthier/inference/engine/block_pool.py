@@ -83,7 +83,8 @@ class BlockPool:
             block = self._by_content.get(content)
             if block is None:
                 break
-            self._use(block)
+            self._num_users[block] += 1
+            self._idle.pop(block, None)
             table.blocks.append(block)
             table.prefix = self._number_of[block]
             table.num_cached += 1
@@ -144,10 +145,6 @@ class BlockPool:
                 if block in self._idle:
                     del self._idle[block]
                     self._blank.append(block)
-
-    def _use(self, block: int) -> None:
-        self._num_users[block] += 1
-        self._idle.pop(block, None)
 
     def _next_free(self) -> int:
         if self._blank:

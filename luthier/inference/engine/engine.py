@@ -89,8 +89,7 @@ class Engine:
         self.events = EventBridge()
         # Those without work are forgotten, so that a model that leaves frees its memory.
         self._executors: list[BatchExecutor] = []
-        self._on_death = on_death
-        self._stall_seconds = stall_seconds
+        self._on_death, self._stall_seconds = on_death, stall_seconds
         # When the work that runs now began; None while there is none.
         self._busy_since: float | None = None
         self._waiting_shares = WaitingShares(max_waiting)
@@ -98,8 +97,7 @@ class Engine:
         # None until the governor changes it.
         self._num_governed_threads: int | None = None
         self._inbox: queue.SimpleQueue[Sequence | _Call[Any] | None] = queue.SimpleQueue()
-        self._is_closed = False
-        self._num_expected = 0
+        self._is_closed, self._num_expected = False, 0
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:

@@ -209,10 +209,9 @@ def _nucleus(scaled_V: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.
 
 @torch.inference_mode()
 def score_chunk(sequence: Sequence, first: int, logits_TV: torch.Tensor) -> None:
-    """Give a sequence the log-probabilities of the prompt's tokens that follow those of a chunk.
+    """Give a sequence the scores of the prompt's tokens after a chunk's; a failure ends it with an error.
 
     Args:
-        sequence: one that wants them; what can't be scored ends it with an error, as in an answer.
         first: position in the prompt of the chunk's first token.
         logits_TV: float32, after each of its tokens; what they say of the answer's first token is not used.
     """

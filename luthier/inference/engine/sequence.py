@@ -44,11 +44,8 @@ class StopMatcher:
 
     def _num_undecided(self, buffer: str) -> int:
         longest = min(len(buffer), max((len(stop) for stop in self._stops), default=1) - 1)
-        for length in range(longest, 0, -1):
-            tail = buffer[-length:]
-            if any(stop.startswith(tail) for stop in self._stops):
-                return length
-        return 0
+        ends = (n for n in range(longest, 0, -1) if any(s.startswith(buffer[-n:]) for s in self._stops))
+        return next(ends, 0)
 
 
 FinishReason = Literal["stop", "length"]
