@@ -27,7 +27,7 @@ from luthier.inference.openai.fields import (
     validate,
     without_nulls,
 )
-from luthier.inference.openai.structured_output import AnswerFormat, read_chat_format
+from luthier.inference.openai.structured_output import AnswerFormat, read_format
 from luthier.inference.openai.tools import TOOL_FIELDS, Tools, read_tools
 
 # Fields of OpenAI's API that are accepted only with the values that mean "not used".
@@ -186,7 +186,8 @@ def parse_chat(body: bytes) -> ChatRequest:
             )
         fields["max_tokens"] = limit
     if "response_format" in fields:
-        fields["response_format"] = read_chat_format(fields["response_format"])
+        given = fields["response_format"]
+        fields["response_format"] = read_format(given, "response_format", is_nested=True)
     if fields.keys() & TOOL_FIELDS and (tools := read_tools(fields)).tools:
         fields["tools"] = tools
     if "messages" in fields:

@@ -28,7 +28,7 @@ from luthier.inference.openai.fields import (
     validate,
     without_nulls,
 )
-from luthier.inference.openai.structured_output import AnswerFormat, read_response_format
+from luthier.inference.openai.structured_output import AnswerFormat, read_format
 from luthier.inference.openai.tools import Tools, read_tools
 
 _IGNORED = (IGNORED_FIELDS - {"metadata"}) | {
@@ -147,7 +147,7 @@ def _read_text(text: Any) -> tuple[AnswerFormat | None, dict[str, Any]]:
     fields.pop("verbosity", None)
     if fields:
         raise InvalidValueError("text has format and verbosity.", param=f"text.{next(iter(fields))[:40]}")
-    return read_response_format(given), without_nulls(given)
+    return read_format(given, "text.format", is_nested=False), without_nulls(given)
 
 
 def _read_input(given: Any) -> list[ChatMessage]:

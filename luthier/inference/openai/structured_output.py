@@ -51,8 +51,12 @@ class _ChatSchema(BaseModel):
     json_schema: dict[str, Any]
 
 
-def read_chat_format(value: Any) -> AnswerFormat | None:
-    """Check the `response_format` of a chat.
+def read_format(value: Any, param: str, *, is_nested: bool) -> AnswerFormat | None:
+    """Check the form that answers shall have.
+
+    Args:
+        is_nested: whether there is an object around a schema, as in a chat's `response_format`; there is none
+            in a response's `text.format`.
 
     Returns:
         The form, None where the text is free.
@@ -60,31 +64,17 @@ def read_chat_format(value: Any) -> AnswerFormat | None:
     Raises:
         InvalidRequestError: naming the field that breaks a rule.
     """
-    fields = _read_object(value, "response_format")
-    if fields.get("type") != "json_schema":
-        return _read_plain(fields, "response_format")
-    chosen = validate(_ChatSchema, fields, "response_format.")
-    path = "response_format.json_schema"
-    return _to_format(validate(_Schema, without_nulls(chosen.json_schema), f"{path}."), path)
-
-
-def read_response_format(value: Any) -> AnswerFormat | None:
-    """Check the `text.format` of a response; the arguments and the rest are those of `read_chat_format`."""
-    fields = _read_object(value, "text.format")
-    if fields.get("type") != "json_schema":
-        return _read_plain(fields, "text.format")
-    del fields["type"]
-    return _to_format(validate(_Schema, fields, "text.format."), "text.format")
-
-
-def _read_object(value: Any, param: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidTypeError(f'{param} must be an object, such as {{"type": "json_object"}}.', param=param)
-    return without_nulls(value)
-
-
-def _read_plain(fields: dict[str, Any], param: str) -> AnswerFormat | None:
+    fields = without_nulls(value)
     kind = fields.get("type")
+    if kind == "json_schema":
+        if is_nested:
+            given = without_nulls(validate(_ChatSchema, fields, f"{param}.").json_schema)
+            param = f"{param}.json_schema"
+        else:
+            given = {name: one for name, one in fields.items() if name != "type"}
+        return AnswerFormat(validate(_Schema, given, f"{param}.").schema_, f"{param}.schema")
     if isinstance(kind, str) and kind not in {"text", "json_object"}:
         raise UnsupportedValueError(
             "The format must be text, json_object or json_schema.", param=f"{param}.type"
@@ -92,10 +82,6 @@ def _read_plain(fields: dict[str, Any], param: str) -> AnswerFormat | None:
     if validate(_Plain, fields, f"{param}.").type == "text":
         return None
     return AnswerFormat({"type": "object"}, f"{param}.type")
-
-
-def _to_format(schema: _Schema, param: str) -> AnswerFormat:
-    return AnswerFormat(schema.schema_, f"{param}.schema")
 
 
 # Compiles a grammar on behalf of a field.
