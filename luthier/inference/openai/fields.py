@@ -70,7 +70,7 @@ def read_object(body: bytes, ignored: frozenset[str] = frozenset()) -> dict[str,
         raise InvalidRequestError("The body must be a JSON object.")
     fields = without_nulls(content)
     drop_ignored(fields, ignored)
-    _check_names_and_texts(fields)
+    _check_names_and_texts(fields, [])
     return fields
 
 
@@ -106,28 +106,21 @@ def drop_neutral(fields: dict[str, Any], neutral: dict[str, tuple[Any, ...]], pr
             )
 
 
-def _check_names_and_texts(fields: dict[str, Any]) -> None:
+def _check_names_and_texts(value: list[Any] | dict[str, Any], path: list[str | int]) -> None:
     """Refuse what is nested too deeply, names too long or too many, and texts that no tokenizer can take.
 
-    It walks by iterators: an entry that is not reached costs nothing. Paths are joined for a refusal alone.
+    Paths are joined for a refusal alone.
     """
-    path: list[str | int] = []
-    open_values: list[Iterator[tuple[str | int, Any]]] = [_entries(fields, path)]
-    while open_values:
-        for name, value in open_values[-1]:
-            if isinstance(name, str):
-                # An unreadable name can't be shown either; its place is the object that holds it.
-                _check_name(name, path)
-            if isinstance(value, str):
-                _refuse_unreadable(value, [*path, name])
-            elif isinstance(value, list | dict):
-                path.append(name)
-                open_values.append(_entries(value, path))
-                break
-        else:
-            open_values.pop()
-            if path:
-                path.pop()
+    for name, item in _entries(value, path):
+        if isinstance(name, str):
+            # An unreadable name can't be shown either; its place is the object that holds it.
+            _check_name(name, path)
+        if isinstance(item, str):
+            _refuse_unreadable(item, [*path, name])
+        elif isinstance(item, list | dict):
+            path.append(name)
+            _check_names_and_texts(item, path)
+            path.pop()
 
 
 def _entries(value: list[Any] | dict[str, Any], path: Sequence[str | int]) -> Iterator[tuple[str | int, Any]]:
