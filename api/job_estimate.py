@@ -14,7 +14,7 @@ from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.data.prepare.objectives import Purpose
 from luthier.data.prepare.row_counts import SAMPLE_BYTES, RowCounts, count_rows
 from luthier.data.prepare.sample_prompts import check_sample_prompts
-from luthier.methods import room_in_context, row_limit
+from luthier.methods._tuning import room_in_context, row_limit
 from services.accounts.auth import Principal
 from services.capacity import speeds
 from services.capacity.estimates import Estimate, Grounds, estimate

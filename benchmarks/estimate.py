@@ -34,7 +34,8 @@ from luthier.core.specs import (
 from luthier.data.prepare.preparation import prepare_rows
 from luthier.data.prepare.prepared_rows import write_prepared
 from luthier.data.prepare.row_counts import count_rows
-from luthier.methods import check_tuning, discover
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning
 from services.capacity.estimates import Estimate, Grounds, estimate
 from services.capacity.speeds import finished_job
 from worker.training_process.child import child_environment

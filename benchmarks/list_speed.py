@@ -29,7 +29,7 @@ from db.tables import ApiKey, Organization
 from luthier.core.ids import new_api_key, new_id
 from luthier.core.settings import Settings
 from luthier.core.specs import TrainingSpec
-from luthier.methods import check_tuning
+from luthier.methods._tuning import check_tuning
 from services.accounts.auth import Principal
 from services.bootstrap import ensure_first_rows
 from services.files import files

@@ -35,7 +35,7 @@ from luthier.core.specs import (
 from luthier.data.prepare.preference_pairs import make_pair_plan
 from luthier.data.prepare.preparation import prepare_rows
 from luthier.data.prepare.prepared_rows import PreparedRows, write_prepared
-from luthier.methods import check_tuning, resolve_spec
+from luthier.methods._tuning import check_tuning, resolve_spec
 
 # Those whose first weights can be handed over to TRL.
 _METHODS = ["lora", "full"]

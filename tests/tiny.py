@@ -24,7 +24,7 @@ from luthier.core.specs import (
     TunedModel,
 )
 from luthier.data.prepare.prepared_rows import PreparedRows, join_rows, write_prepared
-from luthier.methods import check_tuning, resolve_spec
+from luthier.methods._tuning import check_tuning, resolve_spec
 from luthier.storage.manifests import seal_folder
 
 BASE_ID = "tiny-llama"

@@ -17,19 +17,10 @@ from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.errors import UnsupportedValueError
 from luthier.core.specs import BaseFacts
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.methods import (
-    Attached,
-    Installed,
-    Method,
-    MethodParams,
-    Start,
-    Workload,
-    check_tuning,
-    discover,
-    parse_tuning,
-)
+from luthier.methods import Attached, Installed, Method, MethodParams, Start, Workload, discover
+from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.load import load_base
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.loop.gradient_accumulation import StepScores, apply_gradients, compute_gradients
 from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import build_optimizer

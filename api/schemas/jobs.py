@@ -13,7 +13,8 @@ from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
 from luthier.core.events import RunReport
 from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import MAX_BETA, Method
+from luthier.methods import Method
+from luthier.methods._tuning import MAX_BETA
 from services.jobs.jobs import NewJob
 from services.jobs.reports import PrepareReport
 

@@ -15,7 +15,7 @@ from luthier.core.events import FailedEvent, FinishedEvent, StepEvent, parse_eve
 from luthier.core.specs import BaseFacts, Hyperparameters, RunInputs, TrainingOptions, TrainingSpec
 from luthier.data.prepare.preparation import prepare_rows
 from luthier.data.prepare.prepared_rows import write_prepared
-from luthier.methods import check_tuning, resolve_spec
+from luthier.methods._tuning import check_tuning, resolve_spec
 
 # Failures that say something about the settings and not about the machine: they are results.
 _DIVERGED = {"non_finite_loss", "self_check_failed"}

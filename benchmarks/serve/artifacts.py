@@ -195,7 +195,7 @@ def _make_kind(kind: str, count: int, order: dict[str, Any]) -> list[Published]:
     import torch
 
     from luthier.bases.catalogue import find_base_facts
-    from luthier.methods import parse_tuning
+    from luthier.methods._tuning import parse_tuning
     from luthier.methods.base import Start, Workload
     from luthier.modeling.load import load_base
     from luthier.storage.store import Storage

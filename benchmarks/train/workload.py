@@ -12,7 +12,7 @@ from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts, Hyperparameters, Precision, TrainingOptions, TrainingSpec
 from luthier.data.prepare.preparation import prepare_rows
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.methods import check_tuning, parse_tuning, resolve_spec
+from luthier.methods._tuning import check_tuning, parse_tuning, resolve_spec
 
 MAX_LENGTH = 1024
 

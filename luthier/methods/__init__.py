@@ -4,17 +4,6 @@ The API imports this, so no file here imports torch, transformers or peft at its
 """
 
 from luthier.methods._discover import discover, method_of_artifact
-from luthier.methods._tuning import (
-    MAX_BATCH_SIZE,
-    MAX_BETA,
-    MAX_EPOCHS,
-    check_tuning,
-    inherit_tuning,
-    parse_tuning,
-    resolve_spec,
-    room_in_context,
-    row_limit,
-)
 from luthier.methods.base import (
     Attached,
     BottleneckPart,
@@ -28,9 +17,6 @@ from luthier.methods.base import (
 )
 
 __all__ = [
-    "MAX_BATCH_SIZE",
-    "MAX_BETA",
-    "MAX_EPOCHS",
     "Attached",
     "BottleneckPart",
     "Installed",
@@ -40,12 +26,6 @@ __all__ = [
     "ServedParts",
     "Start",
     "Workload",
-    "check_tuning",
     "discover",
-    "inherit_tuning",
     "method_of_artifact",
-    "parse_tuning",
-    "resolve_spec",
-    "room_in_context",
-    "row_limit",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from luthier.modeling.protocols import Batch, Loss
+from luthier.modeling.training_protocols import Batch, Loss
 
 # Logits held at a time, in numbers: 12 Mi of them are 48 MiB in float32. Products of fewer rows are slower.
 MAX_CHUNK_LOGITS = 12 * 1024 * 1024

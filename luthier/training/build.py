@@ -16,9 +16,10 @@ from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.core.events import Evaluation, StartedEvent
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.methods import Attached, MethodParams, Start, parse_tuning
+from luthier.methods import Attached, MethodParams, Start
+from luthier.methods._tuning import parse_tuning
 from luthier.modeling.load import load_base
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.job import Job
 from luthier.training.loop.evaluation import Evaluator, general_rows
 from luthier.training.loop.gradient_accumulation import GradientAccumulator

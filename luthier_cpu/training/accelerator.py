@@ -7,7 +7,7 @@ import torch
 
 from luthier.methods import Attached, Method
 from luthier.modeling.head_loss import OutputLayer, head_loss, head_token_losses
-from luthier.modeling.protocols import Batch, Loss
+from luthier.modeling.training_protocols import Batch, Loss
 from luthier_cpu import refusal
 from luthier_cpu.codegen import kernels
 from luthier_cpu.gemm.panel_products import PanelProducts, Part, can_multiply

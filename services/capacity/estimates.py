@@ -21,7 +21,8 @@ from luthier.core.events import PhaseSeconds
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, Precision, TrainingSpec
 from luthier.data.prepare.row_counts import RowCounts
-from luthier.methods import Method, parse_tuning, resolve_spec
+from luthier.methods import Method
+from luthier.methods._tuning import parse_tuning, resolve_spec
 
 # As training has it: weights of adapters are float32, whole models in the type that was trained in.
 _ADAPTER_NUMBER_BYTES = 4

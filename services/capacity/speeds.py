@@ -11,7 +11,7 @@ from luthier.core.cost_model import DeviceSpeed, FinishedJob, Work
 from luthier.core.events import RunReport
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts, Precision
-from luthier.methods import parse_tuning
+from luthier.methods._tuning import parse_tuning
 from services.jobs.reports import PrepareReport
 
 _MAX_JOBS = 40

@@ -32,7 +32,7 @@ from luthier.core.specs import (
 )
 from luthier.core.states import JobStatus, check_transition
 from luthier.data.prepare.objectives import Purpose, learns_from, wrong_format_message
-from luthier.methods import parse_tuning, resolve_spec
+from luthier.methods._tuning import parse_tuning, resolve_spec
 from luthier.trackers import check_integrations, discover
 from services.accounts import limits
 from services.accounts.auth import Principal

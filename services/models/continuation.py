@@ -13,7 +13,8 @@ from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelInUseError, ModelNotAvailableError
 from luthier.core.specs import TrainingSpec, TunedModel
 from luthier.core.states import TERMINAL_STATUSES
-from luthier.methods import check_tuning, discover, inherit_tuning
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning, inherit_tuning
 from services.accounts.auth import Principal
 from services.models.names import find_callable
 

@@ -16,7 +16,8 @@ from transformers import (
 
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import read_shape
-from luthier.methods import Attached, Start, Workload, check_tuning, discover, parse_tuning
+from luthier.methods import Attached, Start, Workload, discover
+from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.head_loss import gather_supervised
 from luthier.modeling.load import load_base
 from luthier.training.model.training_model import JobModel

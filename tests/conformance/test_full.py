@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, InvalidValueError, SelfCheckError
 from luthier.core.shapes import read_shape
-from luthier.methods import Attached, Start, check_tuning
+from luthier.methods import Attached, Start
+from luthier.methods._tuning import check_tuning
 from luthier.methods.full import METHOD, FullParams
 from luthier.modeling.load import load_base
 from luthier.storage.manifests import verify_folder

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, InvalidValueError
-from luthier.methods import Attached, Method, discover, inherit_tuning
+from luthier.methods import Attached, Method, discover
+from luthier.methods._tuning import inherit_tuning
 from luthier.modeling.load import load_base
 from tests.tiny_methods import CASES, LLAMA, METHODS, VARIANTS, Bench, Case, batch, variants
 from tests.unit.inference.artifacts import add_noise

@@ -8,7 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.core.shapes import BaseShape, Weight, read_shape
-from luthier.methods import Workload, check_tuning, parse_tuning
+from luthier.methods import Workload
+from luthier.methods._tuning import check_tuning, parse_tuning
 from tests.tiny_methods import CASES, METHODS, Bench, Case
 from tests.tiny_shapes import SHAPES, facts_of
 

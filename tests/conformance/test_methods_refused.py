@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from luthier.core.errors import InvalidRequestError, UnknownParameterError, UnsupportedValueError
-from luthier.methods import check_tuning, discover
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning
 from tests.tiny_methods import METHODS, unsupported
 
 

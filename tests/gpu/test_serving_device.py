@@ -9,7 +9,8 @@ import torch
 from luthier.core.shapes import read_shape
 from luthier.inference.runners.paged import PagedRunner
 from luthier.inference.runners.reference import ReferenceRunner
-from luthier.methods import method_of_artifact, parse_tuning
+from luthier.methods import method_of_artifact
+from luthier.methods._tuning import parse_tuning
 from luthier.methods.base import Start
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import AdapterId, AdapterSource, ModelRunner, ScheduledBatch, TokenChunk

@@ -8,7 +8,8 @@ import pytest
 
 from luthier.client import LuthierClient
 from luthier.core.errors import LuthierError
-from luthier.methods import check_tuning, discover
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning
 from tests.conftest import TINY_BASE, Api
 
 pytestmark = pytest.mark.shared_api

@@ -9,7 +9,7 @@ import torch
 
 from luthier.core.events import MessageEvent, TrainingEvent
 from luthier.methods import discover
-from luthier.modeling.protocols import Batch, Loss
+from luthier.modeling.training_protocols import Batch, Loss
 from luthier.training.model.training_model import JobModel
 from tests.tiny import build_tiny_base, build_tiny_run
 from tests.training_runs import failed, finished, run_here

@@ -19,7 +19,8 @@ from luthier.data.prepare.batch_plan import make_plan
 from luthier.data.prepare.prepared_rows import PreparedRows, read_prepared
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.methods import Attached, Method, Start, discover, parse_tuning
+from luthier.methods import Attached, Method, Start, discover
+from luthier.methods._tuning import parse_tuning
 from luthier.modeling.load import load_base
 from luthier.training.loop import gradient_accumulation as halving_module
 from luthier.training.loop.evaluation import general_passages, general_rows

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.core.errors import SelfCheckError
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.model import agreement
 from luthier.training.model.training_model import JobModel
 from tests.tiny import BASE_ID, build_tiny_base

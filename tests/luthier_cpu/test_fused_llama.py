@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from luthier.core.specs import BaseFacts
-from luthier.methods import Attached, Method, Start, Workload, check_tuning, parse_tuning
+from luthier.methods import Attached, Method, Start, Workload
+from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.load import load_base
 from luthier_cpu.codegen import kernels
 from luthier_cpu.gemm.panel_products import has_panels

@@ -37,7 +37,7 @@ from luthier.data.prepare.process import (
     out_of_memory,
 )
 from luthier.data.prepare.sample_prompts import check_sample_prompts
-from luthier.methods import resolve_spec, room_in_context, row_limit
+from luthier.methods._tuning import resolve_spec, room_in_context, row_limit
 from luthier.storage.manifests import seal_folder
 from services.capacity.estimates import MemoryNeed, limit_warning, need_memory
 from services.jobs import events, leases, reports

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from luthier.data.prepare.batch_plan import split_micro
 from luthier.data.prepare.preference_pairs import split_pairs
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.job import Job
 from luthier.training.model.batches import collate, count_supervised, row_lengths
 from luthier.training.model.device import Machine, is_out_of_memory, out_of_memory

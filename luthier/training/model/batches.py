@@ -5,7 +5,7 @@ import torch
 from numpy.typing import NDArray
 
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 
 
 def row_lengths(rows: PreparedRows) -> NDArray[np.int64]:

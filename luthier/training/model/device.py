@@ -12,7 +12,7 @@ from luthier.core.devices import container_limits, cpu_multiplies_bf16
 from luthier.core.errors import InvalidRequestError, OutOfMemoryError, UnsuitableMachineError
 from luthier.core.shapes import read_shape
 from luthier.core.specs import Precision
-from luthier.methods import parse_tuning
+from luthier.methods._tuning import parse_tuning
 from luthier.training.output.artifact import Origin
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.training_model import JobModel
 from luthier.training.process_io import StoppedError

@@ -18,7 +18,13 @@ from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, MethodParams, Start, Workload
 from luthier.modeling.head_loss import OutputLayer, gather_supervised, head_loss, head_token_losses
-from luthier.modeling.protocols import MIN_SAVED_TOKENS, Batch, Loss, TrainingAccelerator, TrainingModel
+from luthier.modeling.training_protocols import (
+    MIN_SAVED_TOKENS,
+    Batch,
+    Loss,
+    TrainingAccelerator,
+    TrainingModel,
+)
 from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import torch
 
 from luthier.core.events import CheckpointEvent, Metrics
 from luthier.core.specs import Canary
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.storage.manifests import Manifest
 from luthier.training.job import Job
 from luthier.training.model.training_model import JobModel

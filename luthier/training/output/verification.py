@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.specs import MOST_ROUNDING, Canary
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.model.agreement import ComputesInFloat32, relative_gap
 from luthier.training.model.training_model import JobModel
 

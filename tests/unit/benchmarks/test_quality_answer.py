@@ -11,7 +11,8 @@ from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.methods import Start, Workload, check_tuning, discover, method_of_artifact, parse_tuning
+from luthier.methods import Start, Workload, discover, method_of_artifact
+from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.load import load_base
 
 _PROMPTS: list[Prompt] = [

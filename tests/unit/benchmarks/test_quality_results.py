@@ -10,7 +10,8 @@ from benchmarks.quality.routing import make_routing
 from benchmarks.quality.table import BEGIN, END, NOT_MEASURED, render, write_into
 from benchmarks.quality.train import with_recipe
 from luthier.core.specs import Hyperparameters, TrainingSpec
-from luthier.methods import check_tuning, discover
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning
 
 _SIZE = Size(500, 200, None)
 _MACHINE = {"processor": "a processor", "num_threads": 1, "base": "a-base"}

@@ -13,7 +13,8 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.runners.registry import choose_runner
-from luthier.methods import Attached, Method, Start, Workload, discover, method_of_artifact, parse_tuning
+from luthier.methods import Attached, Method, Start, Workload, discover, method_of_artifact
+from luthier.methods._tuning import parse_tuning
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Budget, LoadedWeights
 from luthier.storage.manifests import Manifest, seal_folder

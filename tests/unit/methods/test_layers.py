@@ -3,8 +3,8 @@
 import pytest
 
 from luthier.core.errors import InvalidValueError
-from luthier.methods import check_tuning
 from luthier.methods._layers import choose_layers, shortest_names
+from luthier.methods._tuning import check_tuning
 
 LLAMA = {
     f"model.layers.{i}.{name}": (8, 8)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from luthier.methods import check_tuning, parse_tuning
+from luthier.methods._tuning import check_tuning, parse_tuning
 from tests.unit.methods.test_virtual import facts
 
 

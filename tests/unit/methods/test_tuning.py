@@ -13,7 +13,8 @@ from luthier.core.errors import (
     UnsupportedValueError,
 )
 from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import check_tuning, discover, resolve_spec, row_limit
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning, resolve_spec, row_limit
 
 BASE = BaseFacts(
     id="b",
@@ -162,7 +163,7 @@ def test_every_method_has_a_schema_that_names_its_type() -> None:
 
 def test_methods_are_known_without_torch() -> None:
     code = (
-        "import sys, luthier.methods as m; m.check_tuning({});"
+        "import sys, luthier.methods as m, luthier.methods._tuning as t; t.check_tuning({});"
         "[one.Params.model_json_schema() for one in m.discover().values()];"
         "sys.exit(int(any(n in sys.modules for n in ('torch', 'transformers', 'peft'))))"
     )

@@ -13,8 +13,8 @@ from luthier.core.errors import (
     UnknownParameterError,
     UnsupportedValueError,
 )
-from luthier.methods import check_tuning, discover
-from luthier.methods._tuning import first_fault
+from luthier.methods import discover
+from luthier.methods._tuning import check_tuning, first_fault
 from luthier.methods.base import MethodParams
 
 

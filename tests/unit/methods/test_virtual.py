@@ -6,7 +6,8 @@ import pytest
 
 from luthier.core.errors import InvalidValueError, MissingParameterError
 from luthier.core.specs import BaseFacts
-from luthier.methods import MethodParams, Workload, check_tuning, parse_tuning
+from luthier.methods import MethodParams, Workload
+from luthier.methods._tuning import check_tuning, parse_tuning
 
 
 def facts(context_length: int = 2048, hidden_size: int = 576) -> BaseFacts:

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from luthier.modeling import head_loss as head_loss_module
 from luthier.modeling.head_loss import OutputLayer, gather_supervised, head_loss, head_token_losses
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.model.batches import collate
 from tests.tiny import build_tiny_rows
 

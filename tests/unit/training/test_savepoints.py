@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.core.errors import ArtifactCorruptError
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.loop.run_stats import Progress
 from luthier.training.model.batches import collate
 from luthier.training.model.optimizer import SplitAdamW, build_optimizer

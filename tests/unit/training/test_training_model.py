@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from luthier.modeling.load import load_base
-from luthier.modeling.protocols import Batch
+from luthier.modeling.training_protocols import Batch
 from luthier.training.loop.gradient_accumulation import compute_gradients
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel
