@@ -1,5 +1,5 @@
 """`python -P -m luthier.training RUN_DIR [RUN_DIR …]`;
-or `--forks`: imports done, a process for each run that is asked for (forks.py);
+or `--forks`: imports done, a process for each run that is asked for (fork_server.py);
 or `--measure-speed DEVICE NUM_THREADS`: the speed of a matrix product, for estimates.
 
 Exit code 0: every run finished or was stopped; 1: one failed, after its `failed` event.
@@ -11,8 +11,18 @@ import os
 import sys
 from pathlib import Path
 
-from luthier.core.runtime import CHILD_LOG_NAME, keep_freed_memory
+from luthier.core.runtime import keep_freed_memory
 from luthier.training.process_io import StopRequest, take_stdout
+
+_ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # oneDNN keeps a product's code, half a megabyte, for every number of rows: by default for the last 1,024
+    # products. A step has about thirty of them, over and over; the next step has another number of rows.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+}
 
 
 def main() -> int:
@@ -31,13 +41,7 @@ def main() -> int:
     stop = StopRequest().install()
     events = take_stdout()
     keep_freed_memory()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TRANSFORMERS_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # oneDNN keeps a product's code, half a megabyte, for every number of rows: by default for the last 1,024
-    # products. A step has about thirty of them, over and over; the next step has another number of rows.
-    os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    os.environ |= _ENVIRONMENT
 
     if arguments.measure_speed:
         from luthier.training.model.device import measure_speed
@@ -58,26 +62,13 @@ def main() -> int:
     if arguments.forks:
         from luthier.training.fork_server import fork_runs
 
-        def logged_run(folder: Path, events: int, stop: StopRequest) -> bool:
-            _log_into(folder)
-            return run(folder, events, stop)
-
-        return fork_runs(logged_run, stop)
+        return fork_runs(run, stop)
     has_failed = False
     for folder in arguments.run_directories:
         if stop.is_set:
             break
         has_failed |= not run(folder, events, stop)
     return int(has_failed)
-
-
-def _log_into(folder: Path) -> None:
-    """Let what is written to standard error and output from here on be the run's."""
-    sys.stderr.flush()
-    descriptor = os.open(folder / CHILD_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _import_all() -> None:

@@ -24,7 +24,7 @@ from luthier.training.job import Job
 from luthier.training.loop.evaluation import Evaluator, general_rows
 from luthier.training.loop.gradient_accumulation import GradientAccumulator
 from luthier.training.loop.loop import Loop
-from luthier.training.loop.run_stats import Progress, RunStats
+from luthier.training.loop.run_stats import Progress
 from luthier.training.loop.sample_answers import SamplePrompts
 from luthier.training.model.batches import collate, row_lengths
 from luthier.training.model.continuation import check_parent, ground_folder, prove_start, take_parents_weights
@@ -72,7 +72,7 @@ def assemble(
     machine = choose_machine(
         inputs.device, spec.training.precision, spec.num_threads or 1, begun_in=progress.precision
     )
-    stats = RunStats(progress, machine.device)
+    progress.precision = machine.precision
     tokenizer = Tokenizer.load(Path(inputs.base_path))
     method, params = parse_tuning(spec.tuning)
     base, ground = Path(inputs.base_path), ground_folder(job, method)
@@ -81,23 +81,23 @@ def assemble(
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
     evaluator = _evaluator(job, machine, tokenizer, pad_id, stop, writer, room=_room(job, params))
-    stats.add_seconds("load", time.monotonic() - started_at)
+    progress.add_seconds("load", time.monotonic() - started_at)
     start_evaluation = None
     if has_base_to_score:
-        with stats.phase("evaluate"):
-            stats.base_evaluation = _evaluate_untuned(causal_lm, evaluator, machine, samples[0])
+        with progress.phase("evaluate"):
+            progress.base_evaluation = _evaluate_untuned(causal_lm, evaluator, machine, samples[0])
         if ground != base:
             # One model in memory at a time.
             del causal_lm
             gc.collect()
-            with stats.phase("load"):
+            with progress.phase("load"):
                 causal_lm = load_base(ground, dtype=machine.dtype, device=machine.device)
     if not spec.takes_parents_weights:
         evaluator = _with_preferences(
-            job, evaluator, stats, partial(_untuned, causal_lm, machine, samples[0])
+            job, evaluator, progress, partial(_untuned, causal_lm, machine, samples[0])
         )
     if progress.step == 0 and not method.starts_as_base and not spec.takes_parents_weights:
-        with stats.phase("evaluate"):
+        with progress.phase("evaluate"):
             start_evaluation = _evaluate_untuned(causal_lm, evaluator, machine, samples[0])
     attach_began = time.monotonic()
     attached = method.attach(causal_lm, params, _start(job, tokenizer))
@@ -105,7 +105,7 @@ def assemble(
     model = JobModel(method, attached, machine.device, samples[0])
     prove_start(job, model)
     if spec.takes_parents_weights:
-        evaluator = _with_preferences(job, evaluator, stats, lambda: model)
+        evaluator = _with_preferences(job, evaluator, progress, lambda: model)
     optimizer = build_optimizer(
         model.parameters,
         learning_rate=job.peak_learning_rate,
@@ -127,7 +127,7 @@ def assemble(
         model.verify(samples)
     else:
         start_master_weights(optimizer, attached, ground)
-    stats.add_seconds("load", time.monotonic() - attach_began)
+    progress.add_seconds("load", time.monotonic() - attach_began)
     _report_started(job, writer, model, machine, progress, time.monotonic() - started_at)
     loop = Loop(
         job,
@@ -140,9 +140,9 @@ def assemble(
             model,
             machine,
             writer,
+            progress,
             pad_id=pad_id,
             max_tokens=progress.max_part_tokens or max_part_tokens(job.origin.base, machine.device),
-            num_halvings=progress.micro_batch_halvings,
             preferences=evaluator.preferences,
         ),
         evaluator=evaluator,
@@ -150,7 +150,6 @@ def assemble(
         stop=stop,
         progress=progress,
         machine=machine,
-        stats=stats,
         log=log,
     )
     return loop, start_evaluation
@@ -236,7 +235,7 @@ def _evaluator(
 
 
 def _with_preferences(
-    job: Job, evaluator: Evaluator, stats: RunStats, make_start: Callable[[], JobModel]
+    job: Job, evaluator: Evaluator, progress: Progress, make_start: Callable[[], JobModel]
 ) -> Evaluator:
     """Score all pairs under the model that the job starts from; the evaluator as it is without pairs."""
     dpo = job.spec.dpo
@@ -255,7 +254,7 @@ def _with_preferences(
             should_stop=evaluator.should_stop,
         )
 
-    with stats.phase("evaluate"):
+    with progress.phase("evaluate"):
         validation = None if job.validation is None else score(job.validation)
         preferences = Preferences(dpo.beta, score(job.rows), validation)
     return replace(evaluator, validation=job.validation, preferences=preferences)

@@ -13,12 +13,13 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from luthier.core.devices import NVIDIA_DRIVER
-from luthier.core.runtime import die_with_parent
+from luthier.core.runtime import CHILD_LOG_NAME, die_with_parent
 from luthier.training.process_io import StopRequest
 
 _MAX_PATH_BYTES = 4096
@@ -56,7 +57,7 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
             with socket.socket(fileno=status) as answers:
                 if NVIDIA_DRIVER.exists():
                     answers.send(f"started {os.getpid()}".encode())
-                    return int(not run(folder, events, stop))
+                    return _run(run, folder, events, stop)
                 ended, code = _fork(run, folder, events, answers, requests, stop)
                 os.close(events)
                 answers.send(f"ended {code}".encode())
@@ -105,9 +106,19 @@ def _become(
         requests.close()
         answers.send(f"started {os.getpid()}".encode())
         answers.close()
-        code = int(not run(folder, events, stop))
+        code = _run(run, folder, events, stop)
     except Exception:  # noqa: BLE001 - the frames above are the parent's
         traceback.print_exc()
     finally:
         # The frames above in the call stack are the parent's.
         os._exit(code)
+
+
+def _run(run: Run, folder: Path, events: int, stop: StopRequest) -> int:
+    """Make a run, with standard output and error in its log; return the exit code."""
+    sys.stderr.flush()
+    log = os.open(folder / CHILD_LOG_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    return int(not run(folder, events, stop))

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,15 @@ from luthier.data.prepare.batch_plan import split_micro
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.modeling.training_protocols import Batch
 from luthier.training.job import Job
+from luthier.training.loop.run_stats import Progress
 from luthier.training.model.batches import collate, count_supervised, row_lengths
-from luthier.training.model.device import Machine, is_out_of_memory, out_of_memory
+from luthier.training.model.device import (
+    Machine,
+    is_out_of_memory,
+    out_of_memory,
+    random_states,
+    restore_random_states,
+)
 from luthier.training.model.dpo import PairBatch, PairSums, Preferences, pair_loss
 from luthier.training.model.optimizer import SplitAdamW
 from luthier.training.model.training_model import JobModel
@@ -137,37 +144,26 @@ def gradient_norm(gradients: list[torch.Tensor]) -> float:
     return torch.linalg.vector_norm(torch.stack(norms)).item()
 
 
+@dataclass
 class GradientAccumulator:
     """Cuts the batch of a step into micro-batches that fit into memory, and computes its gradients.
 
-    Args:
-        max_tokens: of a micro-batch, padding included.
-        num_halvings: how often it was halved already, in all attempts.
-        preferences: set when the rows are pairs.
+    `max_tokens` are those of a micro-batch, padding included; `progress` counts how often they were halved.
+    `preferences` are set when the rows are pairs.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        model: JobModel,
-        machine: Machine,
-        writer: EventWriter,
-        *,
-        pad_id: int,
-        max_tokens: int,
-        num_halvings: int,
-        preferences: Preferences | None = None,
-    ) -> None:
-        self.max_tokens = max_tokens
-        self.num_halvings = num_halvings
-        self._job = job
-        self._model = model
-        self._machine = machine
-        self._writer = writer
-        self._pad_id = pad_id
-        self._preferences = preferences
-        self._lengths = row_lengths(job.rows)
-        self._num_supervised = count_supervised(job.rows)
+    job: Job
+    model: JobModel
+    machine: Machine
+    writer: EventWriter
+    progress: Progress
+    pad_id: int
+    max_tokens: int
+    preferences: Preferences | None = None
+
+    def __post_init__(self) -> None:
+        self._lengths = row_lengths(self.job.rows)
+        self._num_supervised = count_supervised(self.job.rows)
         # Of the micro-batch that is computed at the moment.
         self._rows: NDArray[np.int64] = np.zeros(0, np.int64)
 
@@ -177,45 +173,42 @@ class GradientAccumulator:
         Raises:
             OutOfMemoryError: when one row alone does not fit, or after three halvings.
         """
-        rows = self._job.plan.steps[step - 1]
-        random = _random_states(self._model.device)
+        rows = self.job.plan.steps[step - 1]
+        random = random_states(self.model.device)
         while True:
             try:
                 return self._compute(rows)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                smallest = 1 if self._preferences is None else 2
-                if len(self._rows) == smallest or self.num_halvings == MAX_HALVINGS:
+                smallest = 1 if self.preferences is None else 2
+                if len(self._rows) == smallest or self.progress.micro_batch_halvings == MAX_HALVINGS:
                     raise self._too_large(step) from error
             # Outside the handler: the error's traceback holds the tensors of the micro-batch that failed.
             self._halve(step)
-            _restore_random_states(random, self._model.device)
+            restore_random_states(random, self.model.device)
 
     def _compute(self, rows: NDArray[np.int64]) -> StepScores:
         num_supervised = int(self._num_supervised[rows].sum())
-        if self._preferences is None:
-            return compute_gradients(self._model, self._micro_batches(rows), num_supervised=num_supervised)
+        preferences = self.preferences
+        if preferences is None:
+            batches = map(self._collate, split_micro(rows, self._lengths, self.max_tokens))
+            return compute_gradients(self.model, batches, num_supervised=num_supervised)
         return compute_pair_gradients(
-            self._model,
-            self._pairs(rows, self._preferences),
-            beta=self._preferences.beta,
+            self.model,
+            (
+                PairBatch(self._collate(some), preferences.reference_of(some))
+                for some in split_pairs(rows, self._lengths, self.max_tokens)
+            ),
+            beta=preferences.beta,
             num_pairs=len(rows) // 2,
             num_supervised=num_supervised,
         )
 
-    def _pairs(self, rows: NDArray[np.int64], preferences: Preferences) -> Iterator[PairBatch]:
-        for some in split_pairs(rows, self._lengths, self.max_tokens):
-            yield PairBatch(self._collate(some), preferences.reference_of(some))
-
-    def _micro_batches(self, rows: NDArray[np.int64]) -> Iterator[Batch]:
-        for some in split_micro(rows, self._lengths, self.max_tokens):
-            yield self._collate(some)
-
     def _collate(self, rows: NDArray[np.int64]) -> Batch:
         self._rows = rows
-        self._writer.note_progress()
-        return collate(self._job.rows, rows, self._pad_id)
+        self.writer.note_progress()
+        return collate(self.job.rows, rows, self.pad_id)
 
     @property
     def _num_tokens(self) -> int:
@@ -224,36 +217,25 @@ class GradientAccumulator:
 
     def _halve(self, step: int) -> None:
         size = self._num_tokens
-        self.max_tokens = size // 2
-        self.num_halvings += 1
-        self._model.clear_gradients()
+        self.max_tokens = self.progress.max_part_tokens = size // 2
+        self.progress.micro_batch_halvings += 1
+        self.model.clear_gradients()
         gc.collect()
-        if self._machine.device == "cuda":
+        if self.machine.device == "cuda":
             torch.cuda.empty_cache()
-        self._writer.say(
+        self.writer.say(
             f"Memory ran out in step {step} with {len(self._rows)} rows ({size} tokens) at a time. From here "
             f"on at most {self.max_tokens} tokens are computed at a time, and batches stay as large as they "
-            f"were: halving {self.num_halvings} of at most {MAX_HALVINGS}.",
+            f"were: halving {self.progress.micro_batch_halvings} of at most {MAX_HALVINGS}.",
             "warn",
         )
 
     def _too_large(self, step: int) -> Exception:
         rows = "one row" if len(self._rows) == 1 else f"{len(self._rows)} rows"
         return out_of_memory(
-            self._job.origin,
-            self._machine,
+            self.job.origin,
+            self.machine,
             num_rows=len(self._rows),
             longest=int(self._lengths[self._rows].max()),
             what=f"Step {step}, with {rows} of {self._num_tokens} tokens at a time,",
         )
-
-
-def _random_states(device: str) -> list[torch.Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state()] if device.startswith("cuda") else states
-
-
-def _restore_random_states(states: list[torch.Tensor], device: str) -> None:
-    torch.set_rng_state(states[0])
-    if device.startswith("cuda"):
-        torch.cuda.set_rng_state(states[1])

@@ -61,8 +61,9 @@ def choose_machine(
         gains = gpu_multiplies_bf16() if on_cuda else cpu_multiplies_bf16()
         if begun_in == "bfloat16" and not gains:
             raise UnsuitableMachineError(
-                "The job was begun in bfloat16, which this worker's hardware does not multiply. It goes on "
-                "where the hardware does. For jobs that go on anywhere, set training.precision to float32."
+                "The job was begun in bfloat16, which this worker's hardware does not multiply. It "
+                "continues on one that does. For jobs that any worker may continue, set training.precision to "
+                "float32."
             )
         dtype = torch.bfloat16 if gains and begun_in != "float32" else torch.float32
     return Machine(device="cuda" if on_cuda else "cpu", dtype=dtype)
@@ -72,10 +73,20 @@ def peak_memory_bytes(device: str) -> int:
     """Return the most memory in use so far: the device's on CUDA, this process's resident set on a CPU."""
     if device.startswith("cuda"):
         return int(torch.cuda.max_memory_allocated())
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _bytes_in("/proc/self/status", "VmHWM")
+
+
+def random_states(device: str) -> dict[str, torch.Tensor]:
+    """Return the states of torch's generators: the CPU's, and that of a CUDA device."""
+    states = {"torch": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state()} if device.startswith("cuda") else states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: str) -> None:
+    """Put back what `random_states` returned, maybe on a machine of another kind."""
+    torch.set_rng_state(states["torch"])
+    if device.startswith("cuda") and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def gpu_multiplies_bf16() -> bool:

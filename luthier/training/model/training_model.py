@@ -6,17 +6,13 @@ Legend: B rows, T tokens, N supervised tokens, D hidden size, V vocabulary.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from luthier.core.cost_model import MethodCost
 from luthier.core.errors import SelfCheckError
 from luthier.core.plugins import load_entry_points
-from luthier.core.shapes import BaseShape
-from luthier.core.specs import BaseFacts
-from luthier.methods import Attached, Method, MethodParams, Start, Workload
+from luthier.methods import Attached, Method, MethodParams
 from luthier.modeling.head_loss import OutputLayer, gather_supervised, head_loss, head_token_losses
 from luthier.modeling.training_protocols import (
     MIN_SAVED_TOKENS,
@@ -26,9 +22,6 @@ from luthier.modeling.training_protocols import (
     TrainingModel,
 )
 from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _ENTRY_POINTS = "luthier.training"
 # What configurations call a cap or a factor on logits: Gemma 2 and 3, Cohere, Granite.
@@ -267,45 +260,13 @@ def _widen_gradient(parameter: torch.nn.Parameter) -> None:
 
 
 class Untuned(Method):
-    """The base itself as a method without parameters, so that it is scored as tuned models are."""
+    """The base itself as a method, so that it is scored as tuned models are."""
 
     name: ClassVar[str] = "untuned"
     title: ClassVar[str] = "The base as it is"
     Params: ClassVar[type[MethodParams]] = MethodParams
 
-    def resolve(self, params: MethodParams, workload: Workload) -> MethodParams:  # noqa: ARG002
-        """Return the parameters, of which there are none."""
-        return params
+    def _unused(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("The base has no parameters, and no artifact.")
 
-    def base_learning_rate(self, params: MethodParams, *, base: BaseFacts) -> float:  # noqa: ARG002
-        """Return 0: nothing learns."""
-        return 0.0
-
-    def attach(
-        self,
-        causal_lm: "PreTrainedModel",
-        params: MethodParams,  # noqa: ARG002
-        start: Start,  # noqa: ARG002
-    ) -> Attached:
-        """Return the base as it is."""
-        return Attached(model=causal_lm, causal_lm=causal_lm)
-
-    def count_parameters(self, causal_lm: "PreTrainedModel", params: MethodParams) -> int:  # noqa: ARG002
-        """Return 0."""
-        return 0
-
-    def cost(self, params: MethodParams, shape: BaseShape) -> MethodCost:  # noqa: ARG002
-        """Return that nothing is trained."""
-        return MethodCost(num_parameters=0, num_saved=0)
-
-    def save(self, attached: Attached, folder: Path) -> list[str]:  # noqa: ARG002
-        """Write nothing: there is nothing beside the base."""
-        return []
-
-    def recognises(self, folder: Path) -> bool:  # noqa: ARG002
-        """Return False: no artifact is of this method."""
-        return False
-
-    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:  # noqa: ARG002
-        """Return the base as it is."""
-        return Attached(model=causal_lm, causal_lm=causal_lm)
+    resolve = base_learning_rate = attach = cost = save = recognises = load = _unused

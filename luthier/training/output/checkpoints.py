@@ -1,6 +1,7 @@
 """Writes the model in memory to folders: checkpoints, which the worker takes away, and the result."""
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,40 +18,28 @@ from luthier.training.output.verification import check_artifact, record_canary
 from luthier.training.process_io import EventWriter
 
 
+@dataclass
 class Publisher:
     """Writes artifact folders of one run.
 
     A checkpoint's folder belongs to its reader, who removes it. Where a checkpoint other than the last may
     become the result, the chosen one is kept beside, and in every save point: its weights are gone from
-    memory by then.
-
-    Args:
-        writer: where events go.
-        samples: rows on which results are proved before anything is published.
-        general_ids: tokens of the bundled general text, for the canary.
+    memory by then. `samples` are rows on which results are verified before anything is published,
+    `general_ids` tokens of the bundled general text, for the canary.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        model: JobModel,
-        writer: EventWriter,
-        *,
-        samples: list[Batch],
-        general_ids: list[int],
-        log: Path,
-    ) -> None:
-        self._job = job
-        self._model = model
-        self._writer = writer
-        self._samples = samples
-        self._general_ids = general_ids
-        self._log = log
-        options = job.spec.training
-        self._may_choose_earlier = options.keep_best or options.max_forgetting is not None
-        self._chosen = job.folder / "chosen"
-        # The last step that was proved, with what the model says: its parameters are the same until the next.
-        self._proved: tuple[int, Canary] | None = None
+    job: Job
+    model: JobModel
+    writer: EventWriter
+    samples: list[Batch]
+    general_ids: list[int]
+    log: Path
+    # The last step that was verified, with what the model says: its parameters are the same until the next.
+    _verified: tuple[int, Canary] | None = field(default=None, init=False)
+
+    @property
+    def _chosen(self) -> Path:
+        return self.job.folder / "chosen"
 
     @property
     def chosen_folder(self) -> Path | None:
@@ -59,7 +48,7 @@ class Publisher:
 
     def checkpoint_folder(self, step: int) -> Path:
         """Return the folder of a step's checkpoint."""
-        return self._job.folder / "checkpoints" / f"step-{step:06d}"
+        return self.job.folder / "checkpoints" / f"step-{step:06d}"
 
     def write_checkpoint(self, step: int, metrics: Metrics, *, is_chosen: bool) -> Manifest:
         """Write the model as it is under its step, and say so.
@@ -72,15 +61,16 @@ class Publisher:
         """
         folder = self.checkpoint_folder(step)
         manifest = self._write(folder, step, metrics)
-        if is_chosen and self._may_choose_earlier:
+        options = self.job.spec.training
+        if is_chosen and (options.keep_best or options.max_forgetting is not None):
             self._check(folder)
             shutil.rmtree(self._chosen, ignore_errors=True)
             link_folder(folder, self._chosen)
-        self._writer.emit(
+        self.writer.emit(
             CheckpointEvent(
-                job_id=self._writer.job_id,
+                job_id=self.writer.job_id,
                 step=step,
-                path=folder.relative_to(self._job.folder).as_posix(),
+                path=folder.relative_to(self.job.folder).as_posix(),
                 digest=manifest.digest,
                 metrics=metrics,
             )
@@ -100,7 +90,7 @@ class Publisher:
     def take_chosen(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
         """Make the chosen checkpoint, proved when it was chosen, the result."""
         return take_over_artifact(
-            self._chosen, folder, self._model, self._job.origin, step=step, metrics=metrics
+            self._chosen, folder, self.model, self.job.origin, step=step, metrics=metrics
         )
 
     def restore_chosen(self, kept: Path | None) -> None:
@@ -110,20 +100,20 @@ class Publisher:
             unpack_folder(kept, self._chosen)
 
     def _write(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
-        if self._proved is None or self._proved[0] != step:
-            self._model.verify(self._samples)
-            self._proved = step, record_canary(self._model, self._general_ids)
+        if self._verified is None or self._verified[0] != step:
+            self.model.verify(self.samples)
+            self._verified = step, record_canary(self.model, self.general_ids)
         return write_artifact(
             folder,
-            self._model,
-            self._job.origin,
+            self.model,
+            self.job.origin,
             step=step,
             metrics=metrics,
-            log=self._log,
-            canary=self._proved[1],
+            log=self.log,
+            canary=self._verified[1],
         )
 
     def _check(self, folder: Path) -> None:
         # Loading may draw random numbers; the steps after it must draw theirs as if it had not happened.
         with torch.random.fork_rng():
-            check_artifact(self._model, folder, self._samples[0])
+            check_artifact(self.model, folder, self.samples[0])

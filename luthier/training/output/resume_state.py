@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from luthier.core.errors import ArtifactCorruptError
 from luthier.storage.manifests import seal_folder, verify_folder
 from luthier.training.loop.run_stats import Progress
+from luthier.training.model.device import random_states, restore_random_states
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.hardlink import pack_folder
 
@@ -76,7 +77,7 @@ class SavePoints:
         names = model.named_parameters
         save_file({name: value.detach().cpu().contiguous() for name, value in names}, building / _WEIGHTS)
         save_file(_optimizer_tensors(names, optimizer), building / _OPTIMIZER)
-        save_file(_rng_tensors(model.device), building / _RNG)
+        save_file(random_states(model.device), building / _RNG)
         state = {
             "fingerprint": self._fingerprint,
             "progress": progress.model_dump(mode="json", exclude={"log"}),
@@ -164,13 +165,6 @@ def _restore_tensors(folder: Path, model: JobModel, optimizer: torch.optim.Optim
         }
 
 
-def _rng_tensors(device: str) -> dict[str, torch.Tensor]:
-    states = {"torch": torch.get_rng_state()}
-    if device.startswith("cuda"):
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
 def _rng_numbers() -> dict[str, Any]:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
@@ -180,10 +174,7 @@ def _rng_numbers() -> dict[str, Any]:
 
 
 def _restore_rng(folder: Path, state: dict[str, Any], device: str) -> None:
-    tensors = load_file(folder / _RNG)
-    torch.set_rng_state(tensors["torch"])
-    if device.startswith("cuda") and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"])
+    restore_random_states(load_file(folder / _RNG), device)
     version, numbers, gauss = state["python_rng"]
     random.setstate((version, tuple(numbers), gauss))
     kind, keys, position, has_gauss, cached = state["numpy_rng"]
