@@ -31,11 +31,22 @@ def open_client(base_url: str | None, api_key: str | None, home: Path | None) ->
     return LuthierClient(connection.base_url, connection.api_key)
 
 
-def client_command(command: Callable[..., None]) -> Callable[..., None]:
-    """Add --home, --base-url and --api-key to a command, and pass it a client of that service first.
+def client_command(
+    app: typer.Typer, name: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command with --home, --base-url and --api-key to an app; it gets a client of that service first.
 
     A command with a parameter `home` also gets the option's value.
     """
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        app.command(name)(_with_client(command))
+        return command
+
+    return add
+
+
+def _with_client(command: Callable[..., None]) -> Callable[..., None]:
     own = list(inspect.signature(command).parameters.values())[1:]
     takes_home = any(parameter.name == "home" for parameter in own)
     parameters = [

@@ -1,9 +1,13 @@
 """Output of commands: tables for people, JSON for programs. Control characters in users' text are escaped."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any
+
+# A cell of an item's row: a field of it, a field and how it is written, or a function of the item.
+Column = str | tuple[str, Callable[[Any], object]] | Callable[[dict[str, Any]], object]
+Columns = dict[str, Column]
 
 
 def print_json(value: Any) -> None:
@@ -36,6 +40,13 @@ def local_time(seconds: int | None) -> str:
     return "-" if seconds is None else datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
 
 
+def four_decimals(value: Any) -> str:
+    """Return a fraction with four decimals, anything else as it is, or a dash."""
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str) -> None:
     """Print rows under titles, or `empty` when there are none. Columns are never cut: ids can be copied."""
     cells = [[printable(cell) for cell in row] for row in rows]
@@ -47,20 +58,26 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, empt
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def print_list(
-    items: Sequence[dict[str, Any]],
-    columns: Mapping[str, Callable[[dict[str, Any]], object]],
-    *,
-    empty: str,
-    as_json: bool,
-) -> None:
-    """Print a list of the service, as JSON or as a table of one row an item.
-
-    Args:
-        columns: the cell of an item, by the column's title.
-    """
+def print_list(items: Sequence[dict[str, Any]], columns: Columns, *, empty: str, as_json: bool) -> None:
+    """Print a list of the service, as JSON or as a table of one row an item."""
     if as_json:
         print_json(items)
         return
-    rows = [[cell(item) for cell in columns.values()] for item in items]
+    rows = [[_cell(item, column) for column in columns.values()] for item in items]
     print_table(list(columns), rows, empty=empty)
+
+
+def _cell(item: dict[str, Any], column: Column) -> object:
+    if callable(column):
+        return column(item)
+    key, form = (column, None) if isinstance(column, str) else column
+    value = item.get(key)
+    return "-" if value is None else form(value) if form else value
+
+
+def print_object(item: dict[str, Any], text: str, *, as_json: bool) -> None:
+    """Print an object of the service, as JSON or as a text about it."""
+    if as_json:
+        print_json(item)
+    else:
+        print(text)

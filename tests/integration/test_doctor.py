@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from luthier.cli.doctor.service import check_api, check_database
+from luthier.cli.doctor import check_api, check_database
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
 from services.capacity import workers

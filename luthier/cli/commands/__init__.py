@@ -1,1 +1,1 @@
-"""The commands of `luthier`, one file per noun. Imports that only one command needs are inside it."""
+"""Commands of `luthier` by noun, and what they print. Imports that only one command needs are inside it."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from luthier.cli.options import Home, Json, client_command, command_line
-from luthier.cli.output import local_time, print_json, print_list
+from luthier.cli.output import Columns, four_decimals, local_time, print_json, print_list, print_object
 from luthier.core.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ Hyperparameters = Annotated[str | None, typer.Option(help="The request's `hyperp
 _OBJECTIVES = {"supervised", "dpo"}
 
 
-@jobs_app.command("create")
-@client_command
+@client_command(jobs_app, "create")
 def create_job(
     client: "LuthierClient",
     file: Annotated[
@@ -52,8 +51,8 @@ def create_job(
     as_json: Json = False,
 ) -> None:
     """Upload a training file and make a job of it."""
-    from luthier.cli.commands.files import uploaded_id
     from luthier.cli.commands.follow import follow
+    from luthier.cli.commands.resources import uploaded_id
 
     body = job_body(model, method=method, tuning=tuning, training=training, hyperparameters=hyperparameters)
     body["training_file"] = uploaded_id(client, file, is_quiet=as_json)
@@ -72,44 +71,32 @@ def create_job(
     print("Follow it:", command_line(f"luthier jobs follow {job['id']}", home))
 
 
-@jobs_app.command("checkpoints")
-@client_command
+@client_command(jobs_app, "checkpoints")
 def list_checkpoints(client: "LuthierClient", job_id: JobId, as_json: Json = False) -> None:
     """List a job's checkpoints, which are callable by name."""
-    columns = {
-        "STEP": lambda checkpoint: checkpoint["step_number"],
-        "MODEL": lambda checkpoint: checkpoint["fine_tuned_model_checkpoint"],
-        "TRAINING LOSS": lambda checkpoint: _score(checkpoint["metrics"].get("train_loss")),
-        "VALIDATION LOSS": lambda checkpoint: _score(checkpoint["metrics"].get("full_valid_loss")),
+    columns: Columns = {
+        "STEP": "step_number",
+        "MODEL": "fine_tuned_model_checkpoint",
+        "TRAINING LOSS": lambda checkpoint: four_decimals(checkpoint["metrics"].get("train_loss")),
+        "VALIDATION LOSS": lambda checkpoint: four_decimals(checkpoint["metrics"].get("full_valid_loss")),
     }
     checkpoints = client.list_checkpoints(job_id)
     print_list(checkpoints, columns, empty="The job has no checkpoints yet.", as_json=as_json)
 
 
-def _score(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-@jobs_app.command("list")
-@client_command
+@client_command(jobs_app, "list")
 def list_jobs(
     client: "LuthierClient",
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     as_json: Json = False,
 ) -> None:
     """List the newest jobs."""
-    columns = {
-        "ID": lambda job: job["id"],
-        "STATUS": lambda job: job["status"],
-        "BASE": lambda job: job["model"],
-        "MODEL": lambda job: job.get("fine_tuned_model") or "-",
-        "CREATED": lambda job: local_time(job["created_at"]),
-    }
+    columns: Columns = {"ID": "id", "STATUS": "status", "BASE": "model", "MODEL": "fine_tuned_model"}
+    columns |= {"CREATED": ("created_at", local_time)}
     print_list(client.list_jobs(limit=limit), columns, empty="There are no jobs.", as_json=as_json)
 
 
-@jobs_app.command("follow")
-@client_command
+@client_command(jobs_app, "follow")
 def follow_job(client: "LuthierClient", job_id: JobId, home: Home = None, as_json: Json = False) -> None:
     """Show a job's progress until it ends; exit code 0 when it succeeded. Ctrl-C leaves the job running."""
     from luthier.cli.commands.follow import follow
@@ -117,36 +104,29 @@ def follow_job(client: "LuthierClient", job_id: JobId, home: Home = None, as_jso
     raise typer.Exit(follow(client, job_id, as_json=as_json, home=home))
 
 
-@jobs_app.command("cancel")
-@client_command
+@client_command(jobs_app, "cancel")
 def cancel_job(client: "LuthierClient", job_id: JobId, as_json: Json = False) -> None:
     """Cancel a job that has not ended; checkpoints it has published stay callable."""
     _print_status(client.cancel_job(job_id), as_json=as_json)
 
 
-@jobs_app.command("pause")
-@client_command
+@client_command(jobs_app, "pause")
 def pause_job(client: "LuthierClient", job_id: JobId, as_json: Json = False) -> None:
     """Pause a job that is queued or running; it keeps its work and gives its place to others."""
     _print_status(client.pause_job(job_id), as_json=as_json)
 
 
-@jobs_app.command("resume")
-@client_command
+@client_command(jobs_app, "resume")
 def resume_job(client: "LuthierClient", job_id: JobId, as_json: Json = False) -> None:
     """Resume a paused job from where it stopped."""
     _print_status(client.resume_job(job_id), as_json=as_json)
 
 
 def _print_status(job: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(job)
-        return
-    print(f"{job['id']} is {job['status']}.")
+    print_object(job, f"{job['id']} is {job['status']}.", as_json=as_json)
 
 
-@jobs_app.command("estimate")
-@client_command
+@client_command(jobs_app, "estimate")
 def estimate_job(
     client: "LuthierClient",
     training_file: Annotated[str, typer.Argument(metavar="FILE_ID", help="An uploaded training file.")],
@@ -165,8 +145,7 @@ def estimate_job(
     (print_json if as_json else print_estimate)(found)
 
 
-@jobs_app.command("report")
-@client_command
+@client_command(jobs_app, "report")
 def report_job(client: "LuthierClient", job_id: JobId, as_json: Json = False) -> None:
     """Show what a job's files held, how its training went and what it cost."""
     from luthier.cli.commands.reports import print_report

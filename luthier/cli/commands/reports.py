@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from luthier.cli.output import print_table, printable, size
+from luthier.cli.output import four_decimals, print_table, printable, size
 
 _SCORES = ("valid_loss", "valid_mean_token_accuracy", "general_loss", "forgetting")
 
@@ -36,7 +36,9 @@ def print_report(report: dict[str, Any]) -> None:
     )
     if run.get("started_from"):
         print(f"started from: {printable(run['started_from']['name'])} ({run['started_from']['digest']})")
-    print(f"steps: {run['steps_done']} of {run['steps_planned']}, result: {_cell(run['result_step'])}")
+    print(
+        f"steps: {run['steps_done']} of {run['steps_planned']}, result: {four_decimals(run['result_step'])}"
+    )
     if run["stopped_early"]:
         print(printable(run["stopped_early"]))
     seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in run["seconds"].items())
@@ -47,11 +49,11 @@ def print_report(report: dict[str, Any]) -> None:
         f"seed: {run['seed']}; SHA-256 of the base: {run['base_digest']}, of the rows: {run['data_sha256']}\n"
     )
     rows = [
-        (evaluation["step"], *(_cell(evaluation[score]) for score in _SCORES))
+        (evaluation["step"], *(four_decimals(evaluation[score]) for score in _SCORES))
         for evaluation in run["evaluations"]
     ]
     if run.get("base_evaluation"):
-        rows.insert(0, ("base", *(_cell(run["base_evaluation"][score]) for score in _SCORES)))
+        rows.insert(0, ("base", *(four_decimals(run["base_evaluation"][score]) for score in _SCORES)))
     titles = ("STEP", "VALIDATION LOSS", "ACCURACY", "GENERAL LOSS", "FORGETTING")
     print_table(titles, rows, empty="Nothing was evaluated.")
     _print_answers(run["evaluations"])
@@ -65,12 +67,6 @@ def _print_answers(evaluations: list[dict[str, Any]]) -> None:
         print(f"\n{printable(first['prompt'])}")
         for evaluation in answered:
             print(f"  step {evaluation['step']}: {printable(evaluation['answers'][place]['answer'])}")
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def print_estimate(found: dict[str, Any]) -> None:

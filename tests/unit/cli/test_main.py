@@ -9,9 +9,8 @@ import httpx2
 import pytest
 from typer.testing import CliRunner
 
-from luthier.cli import options
-from luthier.cli.doctor import report, service
-from luthier.cli.doctor.finding import Finding
+from luthier.cli import doctor, options
+from luthier.cli.doctor import Finding
 from luthier.cli.main import app, main
 from luthier.client import LuthierClient
 
@@ -39,7 +38,7 @@ def _serve(monkeypatch: pytest.MonkeyPatch, body: object) -> list[httpx2.Request
 
 def test_starting_the_command_line_loads_no_service_and_no_torch() -> None:
     code = (
-        "import sys, luthier.cli.main, luthier.cli.stack.up, luthier.cli.doctor.report\n"
+        "import sys, luthier.cli.main, luthier.cli.stack.up, luthier.cli.doctor\n"
         "heavy = {'torch', 'transformers', 'peft', 'sqlalchemy', 'celery', 'fastapi', 'services', 'api'}\n"
         "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
     )
@@ -105,7 +104,7 @@ def test_lists_are_tables_or_json(runner: CliRunner, monkeypatch: pytest.MonkeyP
 def test_doctor_without_a_service_says_how_to_start_it_and_does_not_fail(
     runner: CliRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report.machine, "check_device", lambda: Finding("device", "ok", "CPU"))
+    monkeypatch.setattr(doctor, "check_device", lambda: Finding("device", "ok", "CPU"))
     result = runner.invoke(app, ["doctor", "--json"])
     findings = {finding["name"]: finding for finding in json.loads(result.output)}
     for name in ("service", "database", "broker", "api"):
@@ -116,7 +115,7 @@ def test_doctor_without_a_service_says_how_to_start_it_and_does_not_fail(
 
 def test_doctor_fails_when_a_check_fails(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_DATABASE_URL", "postgresql+psycopg://nobody@127.0.0.1:1/none")
-    monkeypatch.setattr(report.machine, "check_device", lambda: Finding("device", "ok", "CPU"))
+    monkeypatch.setattr(doctor, "check_device", lambda: Finding("device", "ok", "CPU"))
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "FAIL  database" in result.output
@@ -129,14 +128,14 @@ def test_doctor_names_databases_whose_home_is_not_found_and_proposes_no_removal(
     for name, home in (("one", tmp_path), ("two", tmp_path / "gone")):
         (tmp_path / "state" / name).mkdir(parents=True)
         (tmp_path / "state" / name / "home").write_text(f"{home}\n")
-    (finding,) = service.check_left_databases()
+    (finding,) = doctor.check_left_databases()
     assert f"{tmp_path / 'state' / 'two'} (of {tmp_path / 'gone'})" in finding.detail
     assert "rm " not in finding.advice
 
 
 def test_doctor_names_a_setting_out_of_range(runner: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_TRAINING_SLOTS", "0")
-    monkeypatch.setattr(report.machine, "check_device", lambda: Finding("device", "ok", "CPU"))
+    monkeypatch.setattr(doctor, "check_device", lambda: Finding("device", "ok", "CPU"))
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 1
     assert "LUTHIER_TRAINING_SLOTS" in result.output

@@ -1,12 +1,22 @@
-"""Checks of the service: home, database, broker, storage, base models, API, key."""
+"""`luthier doctor`: checks of this machine and of the service, each with what to do about its fault."""
 
+import importlib.metadata
+import json
 import os
+import platform
+import shutil
+import subprocess
+import sys
 import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from luthier.bases.catalogue import base_folder, find_base_facts, load_catalogue
 from luthier.cli.connection import find_connection
-from luthier.cli.doctor.finding import START_ADVICE, Finding, not_running
+from luthier.cli.output import print_json, printable, size
+from luthier.cli.settings import SettingsError, read_settings
 from luthier.cli.stack.home import (
     RUN_LINK_NAME,
     StackError,
@@ -18,22 +28,172 @@ from luthier.cli.stack.postgres import database_url
 from luthier.cli.stack.postgres_programs import state_root
 from luthier.cli.stack.valkey import SOCKET_NAME, answers_ping
 from luthier.client import ApiError, LuthierClient, NotRunningError
+from luthier.core.devices import NVIDIA_DRIVER, cpu_multiplies_bf16
 from luthier.core.errors import LuthierError
 from luthier.core.settings import Settings
 from luthier.storage.manifests import verify_folder
 from luthier.storage.store import Storage
 
+_MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+_START_ADVICE = "start it with `luthier up`"
+_GIB = 1024**3
+_PROBE_SECONDS = 60.0
+# Runs in a separate process: the command line does not import torch.
+_DEVICE_PROBE = """
+import json, torch
+cuda = torch.cuda.is_available()
+devices = []
+for i in range(torch.cuda.device_count() if cuda else 0):
+    p = torch.cuda.get_device_properties(i)
+    devices.append({"name": p.name, "bytes": p.total_memory})
+print(json.dumps({"build": torch.version.cuda, "devices": devices,
+                  "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if cuda else None}))
+"""
 _WORKERS = """
 SELECT hostname, quarantine_reason, coalesce(extract(epoch FROM quarantined_until - now()), 0)::int
 FROM workers WHERE heartbeat_at > now() - interval '30 seconds' ORDER BY hostname, id
 """
 
 
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check; `advice` says what to do and is empty when all is well."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    advice: str = ""
+
+
+def _not_running(name: str) -> Finding:
+    """Return the finding of a check that needs the running service."""
+    return Finding(name, "warn", "not running", _START_ADVICE)
+
+
+def run_doctor(home: Path, *, base_url: str | None, api_key: str | None, as_json: bool) -> int:
+    """Run every check, print its finding, and return the exit code: 1 when one failed."""
+    findings = []
+    for finding in _findings(home, base_url, api_key):
+        findings.append(finding)
+        if not as_json:
+            print(f"{_MARKS[finding.status]}  {finding.name}: {printable(finding.detail)}", flush=True)
+            if finding.advice:
+                print(f"      -> {finding.advice}")
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    return 1 if any(finding.status == "fail" for finding in findings) else 0
+
+
+def _findings(home: Path, base_url: str | None, api_key: str | None) -> Iterator[Finding]:
+    yield check_python()
+    yield check_packages()
+    yield from _guarded("device", lambda: [check_device()])
+    yield check_memory()
+    yield check_disk(home)
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        yield Finding("settings", "fail", error.message, "correct the environment or .env")
+        return
+    yield check_home(home)
+    yield from check_mode(home)
+    yield from check_left_databases()
+    yield from _guarded("database", lambda: check_database(home, settings))
+    yield check_broker(home, settings)
+    yield check_storage(home, settings)
+    yield from check_bases(settings)
+    yield from check_api(home, base_url, api_key)
+
+
+def _guarded(name: str, check: Callable[[], list[Finding]]) -> list[Finding]:
+    try:
+        return check()
+    except (OSError, ValueError, StackError, subprocess.TimeoutExpired) as error:
+        return [Finding(name, "fail", f"{type(error).__name__}: {error}", "see the message")]
+
+
+def check_python() -> Finding:
+    """Which Python runs; the project does not install on one older than 3.11."""
+    return Finding("python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def check_packages() -> Finding:
+    """Every requirement of the project, with the extras that training needs, is met."""
+    from packaging.requirements import Requirement
+
+    faults = []
+    shown = []
+    for text in importlib.metadata.requires("luthier") or []:
+        requirement = Requirement(text)
+        is_wanted = requirement.marker is None or requirement.marker.evaluate({"extra": "torch"})
+        if not is_wanted:
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            faults.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            faults.append(f"{requirement.name} {version} is not {requirement.specifier}")
+        if requirement.name in {"torch", "transformers", "peft"}:
+            shown.append(f"{requirement.name} {version}")
+    if faults:
+        return Finding("packages", "fail", "; ".join(faults), "run `make setup`")
+    return Finding("packages", "ok", ", ".join(shown))
+
+
+def check_device() -> Finding:
+    """Which device trains and serves, and whether it computes in bfloat16."""
+    result = subprocess.run(
+        [sys.executable, "-c", _DEVICE_PROBE],
+        capture_output=True,
+        text=True,
+        timeout=_PROBE_SECONDS,
+        check=False,
+    )
+    if result.returncode != 0:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        return Finding("device", "fail", f"torch does not load: {reason[:200]}", "run `make setup`")
+    facts = json.loads(result.stdout)
+    if facts["devices"]:
+        names = ", ".join(f"{d['name']} ({size(d['bytes'])})" for d in facts["devices"])
+        return Finding("device", "ok", f"{names}; bfloat16: {'yes' if facts['bf16'] else 'no'}")
+    detail = f"CPU; bfloat16 in hardware: {'yes' if cpu_multiplies_bf16() else 'no'}"
+    if facts["build"] and NVIDIA_DRIVER.exists():
+        return Finding(
+            "device", "warn", detail, "a GPU driver is there but torch sees no GPU: see `nvidia-smi`"
+        )
+    return Finding("device", "ok", detail)
+
+
+def check_memory() -> Finding:
+    """Memory and cores are enough for the small base."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * page
+    available = os.sysconf("SC_AVPHYS_PAGES") * page
+    detail = f"{size(total)}, {size(available)} free; {len(os.sched_getaffinity(0))} cores"
+    if total < 4 * _GIB:
+        return Finding("memory", "warn", detail, "training the small base takes about 4 GiB")
+    return Finding("memory", "ok", detail)
+
+
+def check_disk(home: Path) -> Finding:
+    """The disk that holds the home has room."""
+    existing = next(path for path in (home, *home.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    detail = f"{size(free)} free under {existing}"
+    if free < 1 * _GIB:
+        return Finding("disk", "fail", detail, "free some space, or choose another --home")
+    if free < 5 * _GIB:
+        return Finding("disk", "warn", detail, "models and checkpoints may fill it soon")
+    return Finding("disk", "ok", detail)
+
+
 def check_home(home: Path) -> Finding:
     """Whether a service runs on the home."""
     holder = find_lock_holder(home)
     if holder is None:
-        return Finding("service", "warn", f"not running on {home}", START_ADVICE)
+        return Finding("service", "warn", f"not running on {home}", _START_ADVICE)
     return Finding("service", "ok", f"running on {home} (process {holder})")
 
 
@@ -65,7 +225,7 @@ def check_database(home: Path, settings: Settings) -> list[Finding]:
 
     is_embedded = "database_url" not in settings.model_fields_set
     if is_embedded and find_lock_holder(home) is None:
-        return [not_running("database")]
+        return [_not_running("database")]
     url = settings.database_url.get_secret_value()
     if is_embedded:
         try:
@@ -109,7 +269,7 @@ def check_broker(home: Path, settings: Settings) -> Finding:
     advice = "jobs still start, a little later: workers also look into the database; see HOME/logs/valkey.log"
     if "redis_url" not in settings.model_fields_set:
         if find_lock_holder(home) is None:
-            return not_running("broker")
+            return _not_running("broker")
         if answers_ping((home / RUN_LINK_NAME).resolve() / SOCKET_NAME):
             return Finding("broker", "ok", "Valkey (embedded) answers")
         return Finding("broker", "warn", "Valkey (embedded) does not answer", advice)
@@ -186,7 +346,7 @@ def check_api(home: Path, base_url: str | None, api_key: str | None) -> list[Fin
             can_answer = client.is_inference_ready()
     except NotRunningError as error:
         if base_url is None and find_lock_holder(home) is None:
-            return [not_running("api")]
+            return [_not_running("api")]
         return [Finding("api", "fail", error.message, "see HOME/logs/api.log")]
     except ApiError as error:
         if error.status in {401, 403}:
@@ -194,7 +354,7 @@ def check_api(home: Path, base_url: str | None, api_key: str | None) -> list[Fin
             return [Finding("api", "ok", "answers"), Finding("key", "fail", error.message, advice)]
         return [Finding("api", "fail", f"answers {error.status}: {error.message}", "see HOME/logs/api.log")]
     except LuthierError:
-        return [not_running("api")]
+        return [_not_running("api")]
     return [
         Finding("api", "ok", f"{connection.base_url} answers"),
         Finding("key", "ok", f"is valid and sees {len(models)} models"),

@@ -1,1 +1,0 @@
-"""`luthier doctor`: checks of this machine and of the service, each with what to do. Changes nothing."""
