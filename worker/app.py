@@ -11,8 +11,11 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import structlog
+from celery.worker import WorkController
+from celery.worker.consumer import Consumer
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -22,7 +25,7 @@ from luthier.core.logs import configure_logs
 from luthier.core.runtime import hide_memory
 from luthier.core.settings import Settings
 from services.capacity import metrics, workers
-from worker.broker import consume_for_ever
+from services.task_queue import TASK_NAME, make_celery
 from worker.context import WorkerContext, make_context, stop_on_signals
 from worker.maintenance import beat, remove_stale_runs, repeat, run_garbage_collection, take_lost_jobs
 from worker.processes import JobProcesses, run_job_process
@@ -93,6 +96,43 @@ def main(arguments: list[str]) -> None:
         run_job_process(settings, worker_id, int(parent_pid), has_broker=has_broker)
     else:
         run(settings, has_broker=has_broker)
+
+
+def consume_for_ever(context: WorkerContext, wake: Callable[[], None]) -> None:
+    """Call `wake` for each wake-up message until the worker stops; runs in a thread.
+
+    It runs no task and trusts no header, for others may write to the broker's queue: any message is
+    acknowledged and makes the worker read Postgres, and remote control is off. What ends the consumer, such as
+    bytes in the queue that are no message, costs its connection alone.
+    """
+
+    class WakeConsumer(Consumer):
+        def create_task_handler(self, *_: Any, **__: Any) -> Callable[[Any], None]:
+            def take(message: Any) -> None:
+                message.ack_log_error(_log, self.connection_errors)
+                if isinstance(message.headers, dict) and message.headers.get("task") == TASK_NAME:
+                    wake()
+
+            return take
+
+    app = make_celery(context.settings.redis_url.get_secret_value())
+    app.conf.worker_consumer = WakeConsumer
+    while not context.stopping.is_set():
+        try:
+            WorkController(
+                app=app,
+                hostname=f"luthier@{context.worker_id}",
+                pool="solo",
+                concurrency=1,
+                use_eventloop=False,
+                without_gossip=True,
+                without_mingle=True,
+                without_heartbeat=True,
+            ).start()
+        except Exception:  # noqa: BLE001
+            _log.exception("messages are not read")
+        # Until it is back, the worker's processes look at every sweep.
+        context.stopping.wait(context.settings.sweep_seconds)
 
 
 class _WorkerCollector(Collector):

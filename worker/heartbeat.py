@@ -1,6 +1,10 @@
-"""Lease heartbeat: renews a lease from its own thread, and notices a cancel or a requested pause."""
+"""Lease heartbeat: renews a lease from its own thread, and notices a cancel or a requested pause.
+
+Beside it the timer of a process that makes no progress.
+"""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,7 +16,30 @@ from worker.context import WorkerContext
 
 _log = structlog.get_logger()
 # A process may be silent for this multiple of its longest silence so far.
-STALL_FACTOR = 5.0
+_STALL_FACTOR = 5.0
+
+
+class StallTimer:
+    """Measures for how long a process has made no progress; times in seconds of the monotonic clock."""
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self._longest_silence = 0.0
+        self._progress_at = time.monotonic()
+
+    def note_progress(self, came_at: float) -> None:
+        """Start again. What the worker has done since the progress came is no silence of the process."""
+        self._longest_silence = max(self._longest_silence, came_at - self._progress_at)
+        self._progress_at = time.monotonic()
+
+    @property
+    def limit_seconds(self) -> float:
+        """How long the process may be silent."""
+        return max(self._stall_seconds, _STALL_FACTOR * self._longest_silence)
+
+    def is_over(self, now: float) -> bool:
+        """Whether it has been silent for longer."""
+        return now - self._progress_at > self.limit_seconds
 
 
 class LeaseHeartbeat:

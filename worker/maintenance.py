@@ -3,11 +3,9 @@
 Each task runs in its own loop, so that none waits because another waits for storage.
 """
 
-import contextlib
 import itertools
 import math
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from services.files.uploads import storage_prefix
 from services.jobs import idempotency, leases
 from services.models import models
 from services.webhooks import deliveries
-from worker.context import WorkerContext
+from worker.context import WorkerContext, remove_run_dir
 
 _log = structlog.get_logger()
 T = TypeVar("T")
@@ -184,9 +182,7 @@ def remove_stale_runs(context: WorkerContext) -> None:
             held = leases.list_held(session, {job_id for job_id, _, _ in some})
         for job_id, epoch, folder in some:
             if (job_id, epoch) not in held:
-                shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):
-                    folder.parent.rmdir()  # unless another attempt of this job is at work in it
+                remove_run_dir(folder)
 
 
 def _folders(parent: Path, pattern: re.Pattern[str]) -> list[Path]:

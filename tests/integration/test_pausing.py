@@ -20,9 +20,9 @@ from tests.integration.training_script import Script
 from tests.rows import colour_rows, jsonl
 from tests.training import job_row
 from worker.app import sweep
+from worker.attempt import requeue
 from worker.context import WorkerContext, make_context
 from worker.maintenance import collect_garbage
-from worker.requeue import requeue
 from worker.tasks.prepare import prepare
 from worker.training_process import event_buffer
 from worker.training_process.supervisor import Ending

@@ -8,15 +8,14 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import structlog
 
 from db.tables import File, Job
 from luthier.bases.catalogue import base_folder
 from luthier.core.errors import (
     BaseUnavailableError,
-    LuthierError,
     StalledError,
     WorkerCrashedError,
     make_job_error,
@@ -26,7 +25,7 @@ from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, TrainingSpec
 from luthier.core.states import JobStatus
 from luthier.data.prepare.objectives import Purpose
-from luthier.data.prepare.preparation import PreparedReport, RowLimits
+from luthier.data.prepare.preparation import RowLimits
 from luthier.data.prepare.process import (
     ANSWER_NAME,
     QUESTION_NAME,
@@ -42,17 +41,20 @@ from luthier.storage.manifests import seal_folder
 from services.capacity.estimates import MemoryNeed, limit_warning, need_memory
 from services.jobs import events, leases, reports
 from services.jobs.events import NewEvent
-from services.jobs.leases import Lease, LeaseLostError
+from services.jobs.leases import Lease
 from services.jobs.reports import FileReport, PrepareReport
 from services.models import models
+from worker.attempt import attempt
 from worker.context import WorkerContext, remove_run_dir
-from worker.heartbeat import STALL_FACTOR, LeaseHeartbeat, lease_heartbeat
-from worker.requeue import REQUEUED_ERRORS, full_disk_named, requeue
-from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
+from worker.heartbeat import LeaseHeartbeat, StallTimer
 from worker.speed import known_speed
-from worker.tasks.model_inputs import check_parents, ensure_jobs_base
-
-_log = structlog.get_logger()
+from worker.tasks.model_inputs import (
+    UnreadableSpecError,
+    check_parents,
+    ensure_jobs_base,
+    read_spec,
+    skip_unreadable,
+)
 
 _MAX_LINES_IN_EVENT = 5
 _LOOK_SECONDS = 0.5
@@ -66,27 +68,21 @@ class _Input:
     storage_key: str
     sha256: str
 
-    @classmethod
-    def of(cls, file: File) -> "_Input":
-        return cls(file.id, file.storage_key, file.sha256)
-
 
 @dataclass(frozen=True)
 class _Claimed:
-    """A job to prepare."""
+    """A job to prepare; `files` has the training file, and maybe a validation file."""
 
     lease: Lease
     project_id: str
     spec: TrainingSpec
-    training: _Input
-    validation: _Input | None
+    files: dict[Purpose, _Input]
 
 
 @dataclass(frozen=True)
 class _Prepared:
     spec: TrainingSpec
     base: BaseFacts
-    asked_max_length: int | None
     prepared_key: str
     report: PrepareReport
     need: MemoryNeed
@@ -103,42 +99,31 @@ def prepare(context: WorkerContext, job_id: str) -> bool:
         return False
     # Its imports run while the files are checked.
     context.start_fork_server()
-    try:
-        return _prepare(context, claimed)
-    except LeaseLostError:
-        _log.info("prepared for nothing, the job is no longer ours", job_id=job_id)
-    except REQUEUED_ERRORS as error:
-        requeue(context, claimed.lease, error)
+    with attempt(context, claimed.lease) as heartbeat:
+        return _prepare(context, claimed, heartbeat)
     return False
 
 
-def _prepare(context: WorkerContext, claimed: _Claimed) -> bool:
-    lease = claimed.lease
+def _prepare(context: WorkerContext, claimed: _Claimed, heartbeat: LeaseHeartbeat) -> bool:
     try:
-        with full_disk_named(), lease_heartbeat(context, lease) as heartbeat:
-            prepared = _run(context, claimed, heartbeat)
-    except (LeaseLostError, *REQUEUED_ERRORS):
-        raise
+        prepared = _run(context, claimed, heartbeat)
     except StoppedError:
         event = NewEvent("The worker is stopping; the job's files are checked by another", data={})
         with context.database.transaction() as session:
-            leases.wait_again(session, lease, outcome="given_back", event=event)
+            leases.wait_again(session, claimed.lease, outcome="given_back", event=event)
+        return False
     except (StalledError, WorkerCrashedError) as error:
         with context.database.transaction() as session:
             leases.retry_or_fail(
                 session,
-                lease,
+                claimed.lease,
                 error,
                 max_attempts=context.settings.max_attempts,
                 pause_seconds=context.settings.sweep_seconds,
             )
-    except LuthierError as error:
-        with context.database.transaction() as session:
-            leases.fail(session, lease, error)
-    else:
-        _apply(context, lease, prepared)
-        return True
-    return False
+        return False
+    _apply(context, claimed, prepared)
+    return True
 
 
 def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
@@ -147,14 +132,18 @@ def _load(context: WorkerContext, job_id: str) -> _Claimed | None:
         if lease is None:
             return None
         job = session.get_one(Job, job_id)
-        training = session.get_one(File, job.training_file_id)
-        validation = None if job.validation_file_id is None else session.get_one(File, job.validation_file_id)
+        ids: dict[Purpose, str | None] = {
+            "training": job.training_file_id,
+            "validation": job.validation_file_id,
+        }
+        files = {purpose: session.get_one(File, file_id) for purpose, file_id in ids.items() if file_id}
         return _Claimed(
             lease=lease,
             project_id=job.project_id,
             spec=read_spec(job),
-            training=_Input.of(training),
-            validation=None if validation is None else _Input.of(validation),
+            files={
+                purpose: _Input(file.id, file.storage_key, file.sha256) for purpose, file in files.items()
+            },
         )
 
 
@@ -180,11 +169,9 @@ def _prepare_files(
     settings, options = context.settings, claimed.spec.training
     location = base_folder(settings.bases_dir.absolute(), base.id)
     check_sample_prompts(options.sample_prompts, location, max_tokens=room_in_context(claimed.spec, base))
-    files = {"training": claimed.training, "validation": claimed.validation}
-    for purpose, file in files.items():
-        if file is not None:
-            context.storage.fetch_file(file.storage_key, folder / purpose, sha256=file.sha256)
-            heartbeat.check()
+    for purpose, file in claimed.files.items():
+        context.storage.fetch_file(file.storage_key, folder / purpose, sha256=file.sha256)
+        heartbeat.check()
     found = run_prepare(
         context,
         heartbeat,
@@ -195,7 +182,7 @@ def _prepare_files(
             too_long=options.too_long,
             has_pairs=claimed.spec.dpo is not None,
             validation_split=options.validation_split,
-            has_validation_file=claimed.validation is not None,
+            has_validation_file="validation" in claimed.files,
             limits=RowLimits(settings.max_training_rows, settings.max_training_tokens),
             max_memory_bytes=settings.max_prepare_bytes,
         ),
@@ -212,11 +199,13 @@ def _prepare_files(
     heartbeat.check()
     key = f"projects/{claimed.project_id}/jobs/{claimed.lease.job_id}/e{claimed.lease.fencing_token}/prepared"
     context.storage.put_folder(folder / "prepared", key)
+    file_reports: dict[str, Any] = {
+        purpose: FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(rows))
+        for purpose, file in claimed.files.items()
+        if (rows := getattr(found, purpose)) is not None
+    }
     report = PrepareReport(
-        training=_to_report(claimed.training, found.training),
-        validation=None
-        if claimed.validation is None or found.validation is None
-        else _to_report(claimed.validation, found.validation),
+        **file_reports,
         num_train_rows=found.num_train_rows,
         num_validation_rows=found.num_validation_rows,
         tokenize_seconds=found.tokenize_seconds,
@@ -224,15 +213,10 @@ def _prepare_files(
     return _Prepared(
         spec=spec,
         base=base,
-        asked_max_length=options.max_length,
         prepared_key=key,
         report=report,
         need=_need_memory(context, spec, base, found.training.longest_tokens),
     )
-
-
-def _to_report(file: _Input, found: PreparedReport) -> FileReport:
-    return FileReport(file_id=file.file_id, sha256=file.sha256, **asdict(found))
 
 
 def _need_memory(context: WorkerContext, spec: TrainingSpec, base: BaseFacts, longest: int) -> MemoryNeed:
@@ -251,12 +235,12 @@ def _need_memory(context: WorkerContext, spec: TrainingSpec, base: BaseFacts, lo
     )
 
 
-def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
+def _apply(context: WorkerContext, claimed: _Claimed, prepared: _Prepared) -> None:
     with context.database.transaction() as session:
         models.record_base(session, prepared.base)
         leases.leave(
             session,
-            lease,
+            claimed.lease,
             JobStatus.QUEUED,
             outcome="prepared",
             event=NewEvent("Files validated, moving job to queued state", data={}),
@@ -270,10 +254,10 @@ def _apply(context: WorkerContext, lease: Lease, prepared: _Prepared) -> None:
         warnings = [
             _too_long_warning("training", prepared.report.training),
             _too_long_warning("validation", prepared.report.validation),
-            limit_warning(prepared.asked_max_length, prepared.spec),
+            limit_warning(claimed.spec.training.max_length, prepared.spec),
         ]
         found = [NewEvent(one, level="warn", data={}) for one in warnings if one]
-        events.append(session, lease.job_id, found)
+        events.append(session, claimed.lease.job_id, found)
 
 
 def _too_long_warning(purpose: Purpose, rows: FileReport | None) -> str:
@@ -299,7 +283,7 @@ def run_prepare(
 
     Raises:
         JobError: when the files can't be used, or take too much memory.
-        StalledError: when nothing went on for too long.
+        StalledError: when it made no progress for too long.
         WorkerCrashedError: when the process ended without an answer.
         StoppedError: when the worker stops.
     """
@@ -337,23 +321,19 @@ def run_prepare(
 def _follow(context: WorkerContext, heartbeat: LeaseHeartbeat, process: "subprocess.Popen[bytes]") -> None:
     """Return once the process has closed its output."""
     assert process.stdout is not None
-    progress_at, longest_silence = time.monotonic(), 0.0
+    timer = StallTimer(context.settings.stall_seconds)
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
         while True:
-            is_there = selector.select(_LOOK_SECONDS)
-            now = time.monotonic()
-            if is_there:
+            if selector.select(_LOOK_SECONDS):
                 if not os.read(process.stdout.fileno(), _READ_BYTES):
                     return
-                longest_silence = max(longest_silence, now - progress_at)
-                progress_at = now
+                timer.note_progress(time.monotonic())
             heartbeat.check()
             if context.stopping.is_set():
                 raise StoppedError
-            stall_seconds = max(context.settings.stall_seconds, STALL_FACTOR * longest_silence)
-            if now - progress_at > stall_seconds:
+            if timer.is_over(time.monotonic()):
                 raise StalledError(
-                    f"The check of the job's files made no progress for {stall_seconds:.0f} s and was ended "
-                    "(LUTHIER_STALL_SECONDS)."
+                    f"The check of the job's files made no progress for {timer.limit_seconds:.0f} s and was "
+                    "ended (LUTHIER_STALL_SECONDS)."
                 )

@@ -21,7 +21,6 @@ from luthier.core.devices import Device
 from luthier.core.errors import (
     ArtifactCorruptError,
     BaseUnavailableError,
-    LuthierError,
     OutOfMemoryError,
     UnavailableError,
 )
@@ -31,14 +30,19 @@ from luthier.data.prepare.process import TRAIN_FILE, VALIDATION_FILE
 from services.capacity import memory
 from services.capacity.memory import Waiting
 from services.jobs import leases, reports
-from services.jobs.leases import Lease, LeaseLostError
+from services.jobs.leases import Lease
 from services.models import models
+from worker.attempt import attempt
 from worker.context import WorkerContext, remove_run_dir
-from worker.heartbeat import LeaseHeartbeat, lease_heartbeat
+from worker.heartbeat import LeaseHeartbeat
 from worker.quarantine import may_claim
-from worker.requeue import REQUEUED_ERRORS, full_disk_named, requeue
-from worker.specs import UnreadableSpecError, read_spec, skip_unreadable
-from worker.tasks.model_inputs import ensure_jobs_base, fetch_parents
+from worker.tasks.model_inputs import (
+    UnreadableSpecError,
+    ensure_jobs_base,
+    fetch_parents,
+    read_spec,
+    skip_unreadable,
+)
 from worker.training_process.child import start_child
 from worker.training_process.event_buffer import EventBuffer
 from worker.training_process.publish import Publisher
@@ -104,20 +108,9 @@ def train(context: WorkerContext, claimed: Claimed) -> None:
     run_dir = context.run_dir(claimed.lease)
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
     try:
-        try:
-            with full_disk_named(), lease_heartbeat(context, claimed.lease) as heartbeat:
-                ending = _run(context, claimed, run_dir, heartbeat, tracking)
+        with attempt(context, claimed.lease) as heartbeat:
+            ending = _run(context, claimed, run_dir, heartbeat, tracking)
             log.info("attempt ended", ending=ending.value)
-        except (LeaseLostError, *REQUEUED_ERRORS):
-            raise
-        except LuthierError as error:
-            log.info("attempt failed", code=error.code)
-            with context.database.transaction() as session:
-                leases.fail(session, claimed.lease, error)
-    except LeaseLostError:
-        log.info("the job is no longer ours")
-    except REQUEUED_ERRORS as error:
-        requeue(context, claimed.lease, error)
     finally:
         tracking.end()
         _release_memory(context, claimed.lease, claimed.loan)

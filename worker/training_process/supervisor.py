@@ -30,10 +30,10 @@ from luthier.core.states import JobStatus
 from services.capacity import workers
 from services.jobs import attempts, leases, pausing, reports
 from services.jobs.leases import Lease
+from worker.attempt import REQUEUED_ERRORS
 from worker.context import WorkerContext
-from worker.heartbeat import STALL_FACTOR, LeaseHeartbeat
+from worker.heartbeat import LeaseHeartbeat, StallTimer
 from worker.quarantine import check_machine
-from worker.requeue import REQUEUED_ERRORS
 from worker.training_process.child import TrainingChild
 from worker.training_process.event_buffer import EventBuffer
 from worker.training_process.publish import Publisher
@@ -97,20 +97,19 @@ class TrainingRun:
     _ending: Ending | None = field(default=None, init=False)
     _is_stop_asked: bool = field(default=False, init=False)
     _worker_stops_at: float | None = field(default=None, init=False)
-    # When the process last reported progress, and its longest silence before that.
-    _progress_at: float = field(default=0.0, init=False)
-    _longest_silence: float = field(default=0.0, init=False)
     _failure: JobError | None = field(default=None, init=False)
 
     def supervise(self, child: TrainingChild) -> Ending:
         """Follow a training process until it has ended and its output is published."""
         flushed_at = 0.0
-        self._progress_at = time.monotonic()
+        timer = StallTimer(self.context.settings.stall_seconds)
         while (exit_code := child.exit_code()) is None:
             for event in child.poll_events(_FLUSH_SECONDS):
                 came_at = time.monotonic()
                 self._take(event)
-                self._note_progress(event, came_at)
+                # Once asked to stop it was to finish one step and save. Storing an artifact is no silence.
+                if not (self._is_stop_asked and isinstance(event, StepEvent | ProgressEvent)):
+                    timer.note_progress(came_at)
             if self._ending is not None:
                 # The lease is given up, so there is nothing left to keep; the process has said all it had to.
                 return self._ending
@@ -121,31 +120,19 @@ class TrainingRun:
                 flushed_at = now
             self.heartbeat.check()
             self._pass_on_stop(child, now)
-            if now - self._progress_at > self._stall_seconds:
+            if timer.is_over(now):
                 child.kill_group()
-                return self._end_stalled()
+                return self._end_stalled(timer.limit_seconds)
         self.heartbeat.check()
         return self._end_without_event(exit_code)
 
-    def _note_progress(self, event: TrainingEvent, came_at: float) -> None:
-        """Restart the stall timer once an event is dealt with: storing an artifact is no silence."""
-        if self._is_stop_asked and isinstance(event, StepEvent | ProgressEvent):
-            # It was to finish one step and save.
-            return
-        self._longest_silence = max(self._longest_silence, came_at - self._progress_at)
-        self._progress_at = time.monotonic()
-
-    @property
-    def _stall_seconds(self) -> float:
-        return max(self.context.settings.stall_seconds, STALL_FACTOR * self._longest_silence)
-
-    def _end_stalled(self) -> Ending:
+    def _end_stalled(self, silent_seconds: float) -> Ending:
         self.event_buffer.flush()
         if self._is_stop_asked:
             return self._end_stopped()
         return self._retry_or_fail(
             StalledError(
-                f"Training made no progress for {self._stall_seconds:.0f} s after step {self._step}, and was "
+                f"Training made no progress for {silent_seconds:.0f} s after step {self._step}, and was "
                 "ended (LUTHIER_STALL_SECONDS)."
             )
         )

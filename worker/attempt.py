@@ -1,4 +1,7 @@
-"""Requeue: a job waits again when a resource is unavailable or missing, which counts as no crash."""
+"""An attempt at a job under its lease, and how an error ends it.
+
+A job waits again when a resource is unavailable or missing, which counts as no crash.
+"""
 
 import errno
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from luthier.core.errors import (
 from services.jobs import leases
 from services.jobs.leases import Lease, LeaseLostError
 from worker.context import WorkerContext
+from worker.heartbeat import LeaseHeartbeat, lease_heartbeat
 
 _log = structlog.get_logger()
 
@@ -26,7 +30,30 @@ REQUEUED_ERRORS = (UnavailableError, *_OF_THIS_MACHINE)
 
 
 @contextmanager
-def full_disk_named() -> Iterator[None]:
+def attempt(context: WorkerContext, lease: Lease) -> Iterator[LeaseHeartbeat]:
+    """Renew a lease for as long as the block runs; an error of the block ends the attempt and is not raised.
+
+    A lost lease changes nothing, `REQUEUED_ERRORS` put the job back in the queue, all others fail it.
+    """
+    log = _log.bind(job_id=lease.job_id, epoch=lease.fencing_token)
+    try:
+        try:
+            with _full_disk_named(), lease_heartbeat(context, lease) as heartbeat:
+                yield heartbeat
+        except (LeaseLostError, *REQUEUED_ERRORS):
+            raise
+        except LuthierError as error:
+            log.info("attempt failed", code=error.code)
+            with context.database.transaction() as session:
+                leases.fail(session, lease, error)
+    except LeaseLostError:
+        log.info("the job is no longer ours")
+    except REQUEUED_ERRORS as error:
+        requeue(context, lease, error)
+
+
+@contextmanager
+def _full_disk_named() -> Iterator[None]:
     """Turn a disk of this machine that has no room left into the error that says so."""
     try:
         yield
