@@ -81,14 +81,7 @@ class LuthierClient:
     # ---- keys
 
     def create_key(self, name: str, *, project: str | None = None) -> dict[str, Any]:
-        """Make a key; the answer's `key` is shown this once.
-
-        Args:
-            project: the project it opens, made when there is none of that name; the caller's when None.
-
-        Returns:
-            The key's object, with `key` in plain text.
-        """
+        """Make a key in a project, made when new, or in the caller's; `key` of the answer is shown once."""
         body = {"name": name} if project is None else {"name": name, "project": project}
         return self._ask("POST", "/keys", body=body)
 
@@ -103,11 +96,9 @@ class LuthierClient:
     # ---- usage
 
     def list_usage(self, *, start_time: int, group_by: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """Return the usage of inference since then, a bucket for each day (UTC).
+        """Return the usage of inference since then, in Unix seconds, a bucket for each day (UTC).
 
-        Args:
-            start_time: in Unix seconds.
-            group_by: of `project_id`, `api_key_id` and `model`.
+        `group_by` is of `project_id`, `api_key_id` and `model`.
         """
         buckets: list[dict[str, Any]] = []
         page: str | None = ""
@@ -150,10 +141,7 @@ class LuthierClient:
     # ---- answers
 
     def stream_chat(self, body: dict[str, Any]) -> Iterator[str]:
-        """Yield the pieces of a chat's answer as they come.
-
-        Args:
-            body: as of POST …/chat/completions, without `stream`.
+        """Yield the pieces of a chat's answer as they come; `body` is that of POST …/chat/completions.
 
         Raises:
             ApiError: when the service refuses, or the answer breaks off.
@@ -208,13 +196,9 @@ class LuthierClient:
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
 
     def estimate_job(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return what a job would take.
+        """Return what the job of a create's body would take: rows, tokens, steps, resolved parameters.
 
-        Args:
-            body: as of a create.
-
-        Returns:
-            Rows, tokens, steps, resolved parameters; seconds and memory where a worker has measured the base.
+        Seconds and memory are there once a worker has measured the base.
         """
         return self._ask("POST", "/fine_tuning/jobs/estimate", body=body)
 
@@ -269,15 +253,9 @@ class LuthierClient:
     # ---- live events
 
     def follow_events(self, job_id: str, *, last_event_id: str = "") -> Iterator[dict[str, Any]]:
-        """Yield a job's events, old ones first, then live ones until the job ends.
+        """Yield a job's events, as of GET …/events, old ones first, then live ones until the job ends.
 
         A lost connection is made again from the event after the last one seen, so none is missed or doubled.
-
-        Args:
-            last_event_id: the stream's id of the last event that is known already.
-
-        Yields:
-            Event objects as of GET …/events.
 
         Raises:
             ApiError: when the service refuses.
@@ -330,9 +308,7 @@ class LuthierClient:
     ) -> list[Path]:
         """Download every file of a tuned model, verified; what is there already is not fetched again.
 
-        Args:
-            folder: where the files go; made when absent.
-            on_progress: called with a file's name, bytes done and bytes in all.
+        `on_progress` is called with a file's name, bytes done and bytes in all.
 
         Raises:
             ApiError: when the service refuses.

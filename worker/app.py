@@ -102,8 +102,8 @@ def consume_for_ever(context: WorkerContext, wake: Callable[[], None]) -> None:
     """Call `wake` for each wake-up message until the worker stops; runs in a thread.
 
     It runs no task and trusts no header, for others may write to the broker's queue: any message is
-    acknowledged and makes the worker read Postgres, and remote control is off. What ends the consumer, such as
-    bytes in the queue that are no message, costs its connection alone.
+    acknowledged and makes the worker read Postgres, and remote control is off. What ends the consumer, such
+    as bytes in the queue that are no message, costs its connection alone.
     """
 
     class WakeConsumer(Consumer):

@@ -49,9 +49,6 @@ class Watch:
 
     A lease that expired during an outage of the database or of the sweeper does not show that its worker is
     dead. So no job is taken until both have been up for as long as a lease lasts.
-
-    Args:
-        clock: the time in seconds.
     """
 
     def __init__(

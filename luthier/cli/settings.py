@@ -15,9 +15,6 @@ class SettingsError(LuthierError):
 def read_settings(log_level: str = "") -> Settings:
     """Read the settings from the environment and .env; `model_fields_set` names those that are set.
 
-    Args:
-        log_level: replaces LUTHIER_LOG_LEVEL unless empty.
-
     Raises:
         SettingsError: when a value is invalid; names the variable.
     """

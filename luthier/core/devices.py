@@ -44,14 +44,7 @@ class Device:
 
 
 def find_device(settings: Settings) -> Device | None:
-    """Return the device that this machine trains and serves on.
-
-    Args:
-        settings: the kind of device, an operator's numbers of its memory, and serving's share.
-
-    Returns:
-        The device; None where it is a GPU whose driver reports no memory.
-    """
+    """Return the device of training and serving; None where it is a GPU whose driver reports no memory."""
     gpu = None if settings.device == "cpu" else _find_gpu()
     if gpu is None and settings.device == "cuda":
         if not settings.device_memory_bytes:

@@ -58,11 +58,7 @@ def _without_text(
 
 
 def origin(error: BaseException) -> dict[str, str]:
-    """Return what a log may say of an error whose text may hold a user's words or a key.
-
-    Returns:
-        Its type, and the file, line and function that raised it.
-    """
+    """Return the type of an error and where it was raised: its text may hold a user's words or a key."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_at = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} {frames[-1].name}" if frames else ""
     return {"error_type": type(error).__name__, "raised_at": raised_at}

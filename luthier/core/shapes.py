@@ -87,10 +87,7 @@ class BaseShape:
 
 
 def read_shape(folder: Path) -> BaseShape:
-    """Read the shape of a fetched base.
-
-    Args:
-        folder: holds config.json and safetensors files, of which only the headers are read.
+    """Read the shape of a fetched base from config.json and the headers of its safetensors files.
 
     Raises:
         BaseUnavailableError: when they can't be read.

@@ -52,11 +52,6 @@ def assemble(
 ) -> tuple[Loop, Evaluation | None]:
     """Load the base, attach the method, put back a save point.
 
-    Args:
-        writer: where events go.
-        stop: asked between steps.
-        started_at: when the run began, on the monotonic clock.
-
     Returns:
         The loop; and, while no step is done, the scores of what training starts from where the method does
         not start as that.

@@ -38,12 +38,7 @@ _PROGRESS_SECONDS = 15.0
 
 
 class EventWriter:
-    """Writes events of one job, one JSON object a line, each in one piece.
-
-    Args:
-        descriptor: an open file descriptor; stays open.
-        job_id: of every event.
-    """
+    """Writes events of one job to a descriptor, one JSON object a line, each in one piece."""
 
     def __init__(self, descriptor: int, job_id: str) -> None:
         self.job_id = job_id

@@ -55,12 +55,9 @@ class EventBuffer:
         self._forget()
 
     def write(self, write: Callable[[Session], T]) -> T:
-        """Write the buffer and then `write`, in one transaction.
+        """Write the buffer and then `write`, which may run more than once, in one transaction.
 
         Retried while the database is unavailable, as long as the lease holds.
-
-        Args:
-            write: what more; it may run more than once.
         """
         return self.with_retries(lambda: self.write_once(write))
 

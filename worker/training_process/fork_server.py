@@ -101,11 +101,7 @@ class ForkServer:
             self._wait_on()
 
     def take(self, run_dir: Path) -> ForkedRun | None:
-        """Have a run made.
-
-        Returns:
-            The run, after whose end `rest` is called; None when no fork server waits.
-        """
+        """Return a run, after whose end `rest` is called; None when no fork server waits."""
         with self._lock:
             self._stop_timer()
             process, requests = self._process, self._requests

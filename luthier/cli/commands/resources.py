@@ -53,11 +53,7 @@ def delete_file(client: "LuthierClient", file_id: Id) -> None:
 
 
 def uploaded_id(client: "LuthierClient", file: str, *, is_quiet: bool) -> str:
-    """Return the id of an uploaded file, after uploading one of this machine's.
-
-    Args:
-        file: a path, or an id that begins with `file-` where no such path exists.
-    """
+    """Return the id of an uploaded file: of one of this machine's, which is uploaded, else `file` itself."""
     if file.startswith("file-") and not Path(file).exists():
         return file
     made = client.upload_file(Path(file), purpose="fine-tune")

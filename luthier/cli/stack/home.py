@@ -62,11 +62,9 @@ class Secrets:
 
 
 def load_secrets(home: Path, *, only_reads: bool = False) -> Secrets:
-    """Read HOME/secrets.json (mode 0600), generated at the first call.
+    """Read HOME/secrets.json (mode 0600), generated at the first call; the home's lock is held.
 
-    Args:
-        home: the home, whose lock is held (with `only_reads` possibly by another process).
-        only_reads: write nothing; a sealing key that does not exist yet is then empty.
+    With `only_reads` nothing is written: a sealing key that does not exist yet is then empty.
 
     Raises:
         StackError: when the file can't be read, or is missing with `only_reads`.

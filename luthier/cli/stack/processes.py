@@ -76,11 +76,7 @@ def spawn(
 ) -> "subprocess.Popen[bytes]":
     """Start a process in its own session; the kernel sends it `death_signal` when this process dies.
 
-    Args:
-        environment: the whole environment.
-        log_path: standard output and error are appended to it.
-        user: that runs it; this process's when None.
-        folder: its working folder; this process's when None.
+    Its output is appended to the log. Without a user or a working folder it has this process's.
     """
     descriptor = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

@@ -25,12 +25,7 @@ class Decision:
 
 
 def decide(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Decision:
-    """Decide from all evaluations so far.
-
-    Args:
-        options: `patience`, `keep_best` and `max_forgetting` of them.
-        evaluations: in order; the base's, at step 0, is no candidate.
-    """
+    """Decide from all evaluations so far, in order; the base's, at step 0, is no candidate."""
     best: Evaluation | None = None
     last: Evaluation | None = None
     num_without_gain = 0

@@ -40,11 +40,7 @@ def general_passages() -> list[str]:
 def general_rows(tokenizer: Tokenizer, room: int) -> PreparedRows:
     """Turn the passages into rows, which begin as raw text does; all tokens but the first are predicted.
 
-    Args:
-        room: tokens that a row may have; longer passages are cut into several rows.
-
-    Returns:
-        The rows; their lines are the passages' numbers, from 1.
+    Longer passages than `room` tokens become several rows. Lines are the passages' numbers, from 1.
     """
     prefix = np.asarray(tokenizer.raw_prefix_ids, np.int32)
     limit = max(2, min(_MAX_ROW_TOKENS, room) - len(prefix))
@@ -80,19 +76,7 @@ def evaluate(
     pad_id: int,
     should_stop: Callable[[], bool],
 ) -> Scores:
-    """Score all rows.
-
-    Args:
-        rows: rows with at least one supervised token in all.
-        pad_id: token on the right of shorter rows.
-        should_stop: asked between parts.
-
-    Returns:
-        Means over all supervised tokens.
-
-    Raises:
-        StoppedError: when `should_stop` said so.
-    """
+    """Score rows with a supervised token at least; raises StoppedError once `should_stop` returns True."""
     nll_sum, num_right, num_supervised = 0.0, 0, 0
     for part in split_micro(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
         if should_stop():
@@ -115,19 +99,7 @@ def evaluate_pairs(
     pad_id: int,
     should_stop: Callable[[], bool],
 ) -> Scores:
-    """Score all pairs.
-
-    Args:
-        reference_N: the reference's log-likelihood of every row.
-        pad_id: token on the right of shorter rows.
-        should_stop: asked between parts.
-
-    Returns:
-        Means over all pairs.
-
-    Raises:
-        StoppedError: when `should_stop` said so.
-    """
+    """Score pairs beside the reference's log-likelihood of every row; stops as `evaluate` does."""
     sums, num_pairs = PairSums(), rows.num_rows // 2
     for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
         if should_stop():
@@ -155,10 +127,9 @@ class Evaluator:
     preferences: Preferences | None = None
 
     def evaluate(self, model: JobModel, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
-        """Score a model and let it answer the sample prompts.
+        """Score a model, in evaluation mode meanwhile, and let it answer the sample prompts.
 
         Args:
-            model: the model; in evaluation mode meanwhile.
             step: steps done; 0 for the base, or whatever else training starts from.
             loss_before: the loss on the general text at step 0; None when this is that step.
 

@@ -58,10 +58,7 @@ def compute_gradients(model: JobModel, micro_batches: Iterable[Batch], *, num_su
     """Replace the gradients by those of the mean loss over the effective batch.
 
     Every micro-batch's sum is divided by the supervised tokens of all of them, so that how a batch is cut
-    changes nothing. Stops at the first micro-batch whose loss is not finite.
-
-    Returns:
-        The scores; not finite ones must not be applied.
+    changes nothing. Stops at the first micro-batch whose loss is not finite; such scores must not be applied.
     """
     nll_sum, num_right, num_tokens = 0.0, 0, 0
     divisor = max(1, num_supervised)
@@ -88,11 +85,7 @@ def compute_gradients(model: JobModel, micro_batches: Iterable[Batch], *, num_su
 def compute_pair_gradients(
     model: JobModel, micro_batches: Iterable[PairBatch], *, beta: float, num_pairs: int, num_supervised: int
 ) -> StepScores:
-    """Replace the gradients by those of the mean loss over the pairs of the effective batch.
-
-    Returns:
-        The scores; not finite ones must not be applied.
-    """
+    """Do as `compute_gradients` does, with the mean loss over the pairs of the effective batch."""
     sums, num_tokens = PairSums(), 0
     model.clear_gradients()
     for pairs in micro_batches:

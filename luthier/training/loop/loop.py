@@ -120,9 +120,6 @@ class Loop:
     def write_result(self, started_at: float) -> FinishedEvent:
         """Make the chosen checkpoint the result, in the run directory's `artifact`.
 
-        Args:
-            started_at: when the run began, on the monotonic clock.
-
         Raises:
             SelfCheckError: when what was saved is not what was trained.
         """

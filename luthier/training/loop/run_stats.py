@@ -70,12 +70,7 @@ class Progress(BaseModel):
 
 
 class Pace:
-    """Tokens a second over the last steps, and the time left at that pace.
-
-    Args:
-        clock: seconds from any start, never going back.
-        remaining_tokens: real tokens of all steps still to do.
-    """
+    """Real tokens a second over the last steps, and the time left at that pace."""
 
     def __init__(self, clock: Callable[[], float], remaining_tokens: int) -> None:
         self._clock = clock

@@ -61,17 +61,7 @@ class SamplePrompts:
     def answer(
         self, method: Method, attached: Attached, should_stop: Callable[[], bool]
     ) -> list[SampleAnswer]:
-        """Let the model answer every prompt.
-
-        Args:
-            should_stop: asked between tokens.
-
-        Returns:
-            The answers, in the order of the prompts.
-
-        Raises:
-            StoppedError: when `should_stop` said so.
-        """
+        """Let the model answer every prompt, in their order; stops as `generate` does."""
         if not self._prompts:
             return []
         answers = generate(
@@ -104,17 +94,12 @@ def generate(
     than one token of one.
 
     Args:
-        method: how the model is tuned; its virtual tokens precede every prompt.
         prompts: at least one, each of at least one token.
         context_length: the base's; virtual tokens, prompt and answer share it.
         stop_token_ids: ids that end an answer, and are no part of it.
-        should_stop: asked between tokens.
-
-    Returns:
-        The new tokens of every prompt.
 
     Raises:
-        StoppedError: when `should_stop` said so.
+        StoppedError: when `should_stop`, called between tokens, returned True.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     caches, tokens = [], []

@@ -14,15 +14,9 @@ def row_lengths(rows: PreparedRows) -> NDArray[np.int64]:
 
 
 def collate(rows: PreparedRows, row_numbers: NDArray[np.int64], pad_id: int) -> Batch:
-    """Build the tensors of some rows.
+    """Build the tensors of some rows, int64[B] numbers of them, on the CPU.
 
-    Args:
-        rows: all rows.
-        row_numbers: which of them, int64[B].
-        pad_id: token that fills the right; never seen by a real position nor supervised.
-
-    Returns:
-        The batch on the CPU.
+    `pad_id` fills the right; no real position sees it, and it is not supervised.
     """
     starts, ends = rows.offsets[row_numbers], rows.offsets[row_numbers + 1]
     longest = int((ends - starts).max())

@@ -39,10 +39,9 @@ def check_parent(job: Job) -> None:
 
 
 def ground_folder(job: Job, method: Method) -> Path:
-    """Return the folder of the weights that a method is attached to: the base's, or a full model's.
+    """Return the folder of the weights that a method is attached to.
 
-    Returns:
-        The folder of the base, of the full model below, or, where every weight is tuned, of the parent.
+    That is the base, the full model below, or, where every weight is tuned, the parent.
     """
     spec, inputs = job.spec, job.origin.inputs
     if spec.foundation is not None:

@@ -119,11 +119,8 @@ def out_of_memory(
 ) -> OutOfMemoryError:
     """Build the error that names the need, by the formula of estimates and admission, beside what there was.
 
-    Args:
-        machine: where it ran.
-        num_rows: rows that were in memory at once.
-        longest: tokens of the longest of them.
-        what: what did not fit, the start of a sentence.
+    `num_rows` were in memory at once, `longest` has the longest of them in tokens; `what`, which did not fit,
+    begins the sentence.
     """
     method, params = parse_tuning(origin.spec.tuning)
     shape = read_shape(Path(origin.inputs.base_path))
@@ -161,11 +158,7 @@ _SECONDS = 0.5
 
 
 def measure_speed(device: str, num_threads: int) -> DeviceSpeed:
-    """Measure the product of two matrices in each type for half a second; the fastest one counts.
-
-    Args:
-        device: `auto`, `cpu` or `cuda`.
-    """
+    """Measure the product of two matrices in each type for half a second; the fastest one counts."""
     machine = choose_machine(device, "auto", num_threads)
     return DeviceSpeed(
         device=machine.device,

@@ -75,11 +75,7 @@ class Preferences:
 
 
 def pair_loss(model: JobModel, pairs: PairBatch, beta: float) -> PairLoss:
-    """Score some pairs.
-
-    Returns:
-        The sum of -log sigmoid(margin), in float32, and the margins.
-    """
+    """Score some pairs: the sum of -log sigmoid(margin), in float32, and the margins."""
     rewards_B = beta * (model.row_log_likelihoods(pairs.batch) - pairs.reference_B.to(model.device))
     margins_P = rewards_B[0::2] - rewards_B[1::2]
     loss_sum = -torch.nn.functional.logsigmoid(margins_P).sum()

@@ -25,14 +25,7 @@ class SplitAdamW(torch.optim.Optimizer):
     the master's bits are the parameter's, shifted by 16, plus the rest. That is exact, and parameter and
     master together take 4 bytes a number instead of 6. Blocks are put together, updated in float32 and split
     again. Float32 parameters are updated as they are. A master begins as its parameter, or as what
-    `set_master` says.
-
-    Args:
-        parameters: bf16 and float32 parameters.
-        learning_rate: the peak rate; every step sets its own.
-
-    Raises:
-        ValueError: when a parameter has another type.
+    `set_master` says. A parameter of another type raises ValueError.
     """
 
     def __init__(
@@ -44,11 +37,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, *, gradient_scale: float = 1.0) -> None:
-        """Update every parameter that has a gradient and drop the gradient at once.
-
-        Args:
-            gradient_scale: what every gradient is multiplied by.
-        """
+        """Update every parameter that has a gradient, times the scale, and drop the gradient at once."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not parameters:
@@ -68,14 +57,10 @@ class SplitAdamW(torch.optim.Optimizer):
 
         Without it the master begins as the parameter, and no update is seen until it reaches half a rounding
         step, in all numbers alike. With it the first ones cross a border in some: as in training in float32
-        whose weights are rounded at every use.
-
-        Args:
-            parameter: bf16, before the first step.
-            numbers: float32, of its shape.
+        whose weights are rounded at every use. Call it before the first step.
 
         Returns:
-            Whether it was set; False when the parameter is not what these numbers round to.
+            False when the parameter is not what these numbers round to, and nothing was set.
         """
         if parameter.dtype != torch.bfloat16 or numbers.shape != parameter.shape:
             return False
@@ -102,11 +87,7 @@ class SplitAdamW(torch.optim.Optimizer):
 
 
 class _Scratch:
-    """Room for one block: allocated once a step, for new memory costs more than the work on it.
-
-    Args:
-        parameters: all that will be updated, on one device.
-    """
+    """Room for one block: allocated once a step, for new memory costs more than the work on it."""
 
     def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
         device = parameters[0].device
@@ -196,13 +177,7 @@ def _join(high: torch.Tensor, low: torch.Tensor, bits: torch.Tensor) -> torch.Te
 def _split(bits: torch.Tensor, high: torch.Tensor, low: torch.Tensor, rounded: torch.Tensor) -> None:
     """Write the halves of float32 numbers: the upper rounded to the nearest, the lower what is left.
 
-    Ties are rounded away from zero, so that what is left is from -2^15 to 2^15 - 1.
-
-    Args:
-        bits: int32; overwritten.
-        high: bf16.
-        low: int16.
-        rounded: int32, room.
+    Ties are rounded away from zero, so that what is left is from -2^15 to 2^15 - 1. `bits` is overwritten.
     """
     torch.add(bits, 1 << 15, out=rounded).bitwise_right_shift_(16)
     high.view(torch.int16).copy_(rounded)
@@ -214,13 +189,7 @@ def build_optimizer(
 ) -> torch.optim.AdamW | SplitAdamW:
     """Build AdamW over the trained parameters with betas 0.9 and 0.999; its state is float32.
 
-    Args:
-        parameters: float32 or bf16 parameters, in a stable order.
-        learning_rate: the peak rate; every step sets its own.
-        device: of the parameters.
-
-    Returns:
-        The optimizer, fused on a CPU; one that keeps masters where a parameter is bf16.
+    It is fused on a CPU, and keeps masters where a parameter is bf16. Every step sets its own rate.
     """
     if any(parameter.dtype != torch.float32 for parameter in parameters):
         return SplitAdamW(parameters, learning_rate=learning_rate, weight_decay=weight_decay)
@@ -236,15 +205,7 @@ def build_optimizer(
 
 
 def learning_rate_at(step: int, *, num_steps: int, peak: float, warmup_ratio: float) -> float:
-    """Compute the rate of a step: a linear rise, then half a cosine down to a tenth of the peak.
-
-    Args:
-        step: 1 for the first step.
-        num_steps: steps of the whole run.
-
-    Returns:
-        The rate, above 0.
-    """
+    """Compute the rate, above 0, of a step from 1 on: a linear rise, then half a cosine down to a tenth."""
     num_warmup = math.ceil(num_steps * warmup_ratio)
     if step <= num_warmup:
         return peak * step / num_warmup
@@ -253,16 +214,10 @@ def learning_rate_at(step: int, *, num_steps: int, peak: float, warmup_ratio: fl
 
 
 def start_master_weights(optimizer: torch.optim.Optimizer, attached: Attached, folder: Path) -> int:
-    """Let the masters of trained base weights be the base's own numbers.
+    """Let the masters of trained base weights be the base's own numbers; return how many are.
 
     A file whose numbers are bf16 or of less precision has nothing to give; a weight that the library has
-    renamed or put together from several is left as it is.
-
-    Args:
-        optimizer: before its first step; one without masters is left as it is.
-
-    Returns:
-        How many weights have such masters.
+    renamed or put together from several is left as it is, and so is an optimizer without masters.
     """
     if not isinstance(optimizer, SplitAdamW):
         return 0

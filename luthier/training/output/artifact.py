@@ -36,12 +36,7 @@ def write_artifact(
     log: Path,
     canary: Canary,
 ) -> Manifest:
-    """Write and seal an artifact folder.
-
-    Args:
-        folder: its final place; an older one there is replaced.
-        model: the model as it is now.
-        log: the run's log so far, one JSON object a line.
+    """Write and seal an artifact folder in its final place, where an older one is replaced.
 
     Returns:
         The manifest; its digest covers weights, configuration and base digest.
@@ -62,11 +57,7 @@ def take_over_artifact(
 ) -> Manifest:
     """Move an artifact that an earlier attempt may have written, with a card that names this one's model.
 
-    Args:
-        source: its folder, whose files may be links to other places; gone afterwards.
-
-    Returns:
-        The manifest; its digest is that of the source.
+    The files of `source` may be links to other places; the folder is gone afterwards. The digest stays.
 
     Raises:
         ArtifactCorruptError: when the source is not as it was written.
@@ -140,12 +131,7 @@ def _code(value: Any) -> str:
 
 
 class TrainingLog:
-    """The run's history, one JSON object a line.
-
-    Args:
-        path: the file in the run directory; replaced.
-        text: the history so far, as a save point holds it.
-    """
+    """The run's history, one JSON object a line; it begins as what a save point holds."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path = path

@@ -22,21 +22,13 @@ def link_folder(source: Path, destination: Path) -> None:
 
 
 def pack_folder(source: Path, destination: Path) -> None:
-    """Put a sealed folder into another one that is yet to be sealed.
-
-    Args:
-        destination: made here; its manifest has another name.
-    """
+    """Put a sealed folder into another one that is yet to be sealed, its manifest by another name."""
     link_folder(source, destination)
     (destination / MANIFEST_NAME).rename(destination / _SEAL_NAME)
 
 
 def unpack_folder(source: Path, destination: Path) -> None:
-    """Take out what `pack_folder` put in.
-
-    Args:
-        source: its `destination`.
-    """
+    """Take out what `pack_folder` put in."""
     link_folder(source, destination)
     (destination / _SEAL_NAME).rename(destination / MANIFEST_NAME)
 

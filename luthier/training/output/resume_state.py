@@ -46,11 +46,9 @@ class SavePoint:
 
 
 class SavePoints:
-    """The save points of one run.
+    """The save points of one run, in `save_points` of the run directory.
 
-    Args:
-        folder: `save_points` in the run directory; made when missing.
-        fingerprint: names what is trained on what; a save point of another is never resumed.
+    `fingerprint` names what is trained on what; a save point of another is never resumed.
     """
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
@@ -67,9 +65,7 @@ class SavePoints:
     ) -> Path:
         """Make the state after a step durable and drop all but the newest two.
 
-        Args:
-            model: the model, between steps.
-            chosen: folder of the checkpoint that may become the result though training went on.
+        `chosen` is the checkpoint that may become the result though training continued.
         """
         building = self._folder / f".step-{progress.step:06d}.building"
         shutil.rmtree(building, ignore_errors=True)
@@ -94,14 +90,7 @@ class SavePoints:
         return final
 
     def find(self, warn: Callable[[str], None]) -> SavePoint | None:
-        """Return the newest save point that verifies and belongs to this run.
-
-        Args:
-            warn: called for every save point that was skipped.
-
-        Returns:
-            The save point, None when there is none.
-        """
+        """Return the newest save point that verifies and belongs to this run; warn of every one that is skipped."""
         for folder in self._newest_first():
             try:
                 verify_folder(folder)
@@ -120,9 +109,6 @@ class SavePoints:
     @staticmethod
     def restore(save_point: SavePoint, model: JobModel, optimizer: torch.optim.Optimizer) -> None:
         """Put back a save point's tensors and random states.
-
-        Args:
-            save_point: what `find` returned.
 
         Raises:
             ArtifactCorruptError: when it holds other parameters than the model.

@@ -23,10 +23,6 @@ _TOLERANCE = 1e-4
 def check_artifact(model: JobModel, folder: Path, sample: Batch) -> None:
     """Load a saved artifact as its users will and compare its logits with the trained model's.
 
-    Args:
-        model: the model at the end of training; unchanged afterwards.
-        folder: the artifact as it was written.
-
     Raises:
         SelfCheckError: when weights or logits are not finite, when the artifact gives the base's logits, or
             when it gives others than the trained model.
@@ -103,11 +99,7 @@ _NUM_CANDIDATES = 32
 
 @torch.no_grad()
 def record_canary(model: JobModel, general_ids: list[int]) -> Canary:
-    """Run a short text on the model as it is now.
-
-    Args:
-        model: the model; unchanged afterwards.
-        general_ids: tokens of a text that no user wrote.
+    """Run a short text, which no user wrote, on the model as it is now.
 
     Raises:
         SelfCheckError: when the logits are not finite.
