@@ -34,8 +34,8 @@ def is_low_precision(results: torch.Tensor) -> bool:
 def agrees(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether two results are so near each other that nothing but rounding can part them.
 
-    Both are [..., D], a token's results along the last axis; the type of `expected` decides the tolerance. False
-    also where a result is not finite.
+    Both are [..., D], a token's results along the last axis; the type of `expected` decides the tolerance.
+    False also where a result is not finite.
     """
     most, all_of_them = _TOLERANCES[expected.dtype]
     by_token, together = _gaps(found, expected)
@@ -45,8 +45,9 @@ def agrees(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def is_as_exact(found: torch.Tensor, expected: torch.Tensor, exact: torch.Tensor) -> bool:
     """Whether results come about as near to the exact ones as the reference path's do.
 
-    All are [..., D]: of the path in question, of the reference path, and of the reference path in float32. False
-    also where a result is not finite, or the reference path's own are too far from the exact ones to decide by.
+    All are [..., D]: of the path in question, of the reference path, and of the reference path in float32.
+    False also where a result is not finite, or the reference path's own are too far from the exact ones to
+    decide by.
     """
     own_gaps = _gaps(expected, exact)
     return all(

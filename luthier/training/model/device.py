@@ -62,8 +62,8 @@ def choose_machine(
         if begun_in == "bfloat16" and not gains:
             raise UnsuitableMachineError(
                 "The job was begun in bfloat16, which this worker's hardware does not multiply. It "
-                "continues on one that does. For jobs that any worker may continue, set training.precision to "
-                "float32."
+                "continues on one that does. For jobs that any worker can continue, set training.precision "
+                "to float32."
             )
         dtype = torch.bfloat16 if gains and begun_in != "float32" else torch.float32
     return Machine(device="cuda" if on_cuda else "cpu", dtype=dtype)

@@ -90,7 +90,7 @@ class SavePoints:
         return final
 
     def find(self, warn: Callable[[str], None]) -> SavePoint | None:
-        """Return the newest save point that verifies and belongs to this run; warn of every one that is skipped."""
+        """Return the newest save point that verifies and is of this run; warn of those that are skipped."""
         for folder in self._newest_first():
             try:
                 verify_folder(folder)
