@@ -362,7 +362,7 @@ class LuthierClient:
                             on_progress(entry["name"], num_done, entry["bytes"])
         except httpx2.TransportError as error:
             raise NotRunningError(
-                f"The connection was lost in {entry['name']}; the same command goes on from there."
+                f"The connection was lost in {entry['name']}; the same command continues from there."
             ) from error
 
     # ---- plumbing

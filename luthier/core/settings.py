@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     inference_max_adapters_bytes: int = Field(
         0,
         ge=0,
-        description="Memory for adapters that lie on bases in each inference server; 0: a quarter of what "
+        description="Memory for adapters on bases in each inference server; 0: a quarter of what "
         "serving has.",
     )
     max_pinned_share: float = Field(

@@ -1,5 +1,5 @@
 """`python -P -m luthier.training RUN_DIR [RUN_DIR …]`;
-or `--forks`: imports done, a process for each run that is asked for (fork_server.py);
+or `--forks IDLE_SECONDS`: imports done, a process for each run that is asked for (fork_server.py);
 or `--measure-speed DEVICE NUM_THREADS`: the speed of a matrix product, for estimates.
 
 Exit code 0: every run finished or was stopped; 1: one failed, after its `failed` event.
@@ -29,7 +29,12 @@ def main() -> int:
     """Run the directories that were named; return the exit code."""
     parser = argparse.ArgumentParser(prog="luthier.training", description=__doc__)
     parser.add_argument("run_directories", nargs="*", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--forks", action="store_true", help="import, then fork a process for each run")
+    parser.add_argument(
+        "--forks",
+        type=float,
+        metavar="IDLE_SECONDS",
+        help="import, then fork a process for each run, until none came for so long",
+    )
     parser.add_argument(
         "--measure-speed",
         nargs=2,
@@ -51,18 +56,18 @@ def main() -> int:
         return 0
 
     # A process that waits for runs has nothing to save.
-    stop.leave_at_once = arguments.forks
+    stop.leave_at_once = arguments.forks is not None
     # What an import makes stays, and the collector would go through it again and again.
     gc.disable()
     from luthier.training.run import run
 
-    if arguments.forks:
+    if arguments.forks is not None:
         _import_all()
     gc.enable()
-    if arguments.forks:
+    if arguments.forks is not None:
         from luthier.training.fork_server import fork_runs
 
-        return fork_runs(run, stop)
+        return fork_runs(run, stop, arguments.forks)
     has_failed = False
     for folder in arguments.run_directories:
         if stop.is_set:

@@ -1,4 +1,4 @@
-"""`python -P -m luthier.training --forks`: a process with its imports done, which forks one for each run.
+"""`python -P -m luthier.training --forks IDLE_SECONDS`: imports done, forks a process for each run.
 
 So every run begins at once, in memory and a process group of its own, whatever came before it. Standard input
 is a Unix socket of packets. A request is a run directory, and comes with two descriptors: where the run's
@@ -27,8 +27,8 @@ _MAX_PATH_BYTES = 4096
 Run = Callable[[Path, int, StopRequest], bool]
 
 
-def fork_runs(run: Run, stop: StopRequest) -> int:
-    """Fork a process for each run that is asked for, one after another, until the socket is closed.
+def fork_runs(run: Run, stop: StopRequest, idle_seconds: float) -> int:
+    """Fork a process for each run that is asked for, one after another, until the socket is closed or idle.
 
     Args:
         run: makes the run of a directory, its events written to a descriptor; returns whether it succeeded.
@@ -40,14 +40,18 @@ def fork_runs(run: Run, stop: StopRequest) -> int:
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
+        requests.settimeout(idle_seconds)
         while True:
             # First this: a TERM before it is seen in what follows, one after it ends the process.
             stop.leave_at_once = True
             if stop.is_set:
                 return 0
-            message, descriptors, _, _ = socket.recv_fds(
-                requests, _MAX_PATH_BYTES, 2, socket.MSG_CMSG_CLOEXEC
-            )
+            try:
+                message, descriptors, _, _ = socket.recv_fds(
+                    requests, _MAX_PATH_BYTES, 2, socket.MSG_CMSG_CLOEXEC
+                )
+            except TimeoutError:
+                return 0
             stop.leave_at_once = False
             if ended is not None:
                 os.waitpid(ended, 0)

@@ -175,8 +175,6 @@ def start_child(
         yield child
     finally:
         child.kill()
-        if fork_server is not None:
-            fork_server.rest()
 
 
 def _take(run_dir: Path, num_threads: int, fork_server: "ForkServer") -> TrainingChild | None:

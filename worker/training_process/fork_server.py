@@ -65,7 +65,7 @@ class ForkedRun:
 
 
 class ForkServer:
-    """At most one fork server of this worker process.
+    """At most one fork server of this worker process, which ends when it has waited for `idle_seconds`.
 
     Start and take it from the main thread alone: the kernel ties the server's life to the thread that
     made it, and its runs' lives to the server.
@@ -73,75 +73,41 @@ class ForkServer:
 
     def __init__(self, idle_seconds: float) -> None:
         self._idle_seconds = idle_seconds
-        self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
-        self._timer: threading.Timer | None = None
 
     @property
     def pid(self) -> int | None:
         """The fork server's process, None when there is none."""
-        return None if self._process is None else self._process.pid
+        return None if self._process is None or self._process.poll() is not None else self._process.pid
 
     def start(self) -> None:
         """Let a process wait, unless one does already; returns at once, the imports take seconds."""
-        with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._end()
-                self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                with theirs:
-                    self._process = subprocess.Popen(
-                        tied_python("-m", "luthier.training", "--forks"),
-                        stdin=theirs.fileno(),
-                        stdout=subprocess.DEVNULL,
-                        # A run sets its own number of threads.
-                        env=child_environment(1),
-                        start_new_session=True,
-                    )
-            self._wait_on()
+        if self.pid is not None:
+            return
+        self.stop()
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                tied_python("-m", "luthier.training", "--forks", str(self._idle_seconds)),
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                # A run sets its own number of threads.
+                env=child_environment(1),
+                start_new_session=True,
+            )
 
     def take(self, run_dir: Path) -> ForkedRun | None:
-        """Return a run, after whose end `rest` is called; None when no fork server waits."""
-        with self._lock:
-            self._stop_timer()
-            process, requests = self._process, self._requests
-            if process is None or requests is None:
-                return None
-            run = _ask(process, requests, run_dir)
-            if run is None:
-                self._end()
-            return run
-
-    def rest(self) -> None:
-        """Let the fork server wait again, its run over."""
-        with self._lock:
-            if self._process is not None:
-                self._wait_on()
+        """Have a run made; None when no fork server waits."""
+        if self._process is None or self._requests is None:
+            return None
+        run = _ask(self._process, self._requests, run_dir)
+        if run is None:
+            self.stop()
+        return run
 
     def stop(self) -> None:
         """End the fork server, if there is one."""
-        with self._lock:
-            self._end()
-
-    def _wait_on(self) -> None:
-        self._stop_timer()
-        self._timer = threading.Timer(self._idle_seconds, self._give_back)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _give_back(self) -> None:
-        """End the fork server unless a run was asked for meanwhile."""
-        with self._lock:
-            if self._timer is threading.current_thread():
-                self._end()
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _end(self) -> None:
-        self._stop_timer()
         process, self._process = self._process, None
         requests, self._requests = self._requests, None
         if process is not None:

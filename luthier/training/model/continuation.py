@@ -32,7 +32,7 @@ def check_parent(job: Job) -> None:
         if spec.parent.method != spec.tuning["type"]:
             raise UnsuitableParentError(
                 f"{spec.parent.name} was tuned by {spec.parent.method}; a job by {spec.tuning['type']} can't "
-                "go on from it."
+                "continue from it."
             )
         below = job.origin.base.digest if spec.foundation is None else spec.foundation.digest
         _check(spec.parent, inputs.parent_path, base_digest=below)
@@ -62,7 +62,7 @@ def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
     try:
         method.take_weights(attached, Path(_named(job.origin.inputs.parent_path)))
     except ArtifactCorruptError as error:
-        raise UnsuitableParentError(f"The job can't go on from its parent. {error.message}") from error
+        raise UnsuitableParentError(f"The job can't continue from its parent. {error.message}") from error
 
 
 @torch.no_grad()

@@ -96,8 +96,8 @@ def _card(origin: Origin, model: JobModel, step: int, metrics: Metrics) -> str:
     ]
     if spec.foundation is not None:
         lines += [
-            f"It lies on the whole model {_code(spec.foundation.name)}, tuned from {_code(base.id)}, and not "
-            "on that base itself: load it on that model's files.",
+            f"It was trained on the full model {_code(spec.foundation.name)}, tuned from {_code(base.id)}, "
+            "and not on that base itself: load it on that model's files.",
             "",
         ]
     facts: dict[str, Any] = {
@@ -120,7 +120,7 @@ def _card(origin: Origin, model: JobModel, step: int, metrics: Metrics) -> str:
 
 def _lineage(spec: TrainingSpec) -> dict[str, str]:
     """Return the tuned models that an artifact was made from, each with its digest."""
-    named = {"went on from": spec.parent, "lies on": spec.foundation}
+    named = {"continued from": spec.parent, "trained on": spec.foundation}
     return {what: f"{model.name} {model.digest}" for what, model in named.items() if model is not None}
 
 
