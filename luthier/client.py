@@ -6,8 +6,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -44,7 +44,7 @@ class NotRunningError(LuthierError):
     code = "not_running"
 
 
-class LuthierClient:
+class LuthierClient(AbstractContextManager["LuthierClient"]):
     """A connection to one service.
 
     Args:
@@ -66,16 +66,7 @@ class LuthierClient:
             headers={"Authorization": f"Bearer {api_key}"}, timeout=_TIMEOUT, transport=transport
         )
 
-    def __enter__(self) -> "LuthierClient":
-        return self
-
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the connections."""
+    def __exit__(self, *_: object) -> None:
         self._http.close()
 
     # ---- keys

@@ -25,23 +25,18 @@ class UnixUser:
     gid: int
 
 
-def always_ready() -> bool:
-    """Treat a process as ready as soon as it runs."""
-    return True
-
-
 @dataclass(frozen=True)
 class ProcessSpec:
     """A long-running process. Processes of one `stop_stage` are signalled together, lower stages first.
 
-    `stop_seconds`: after these the processes of a stage are killed. `death_signal`: sent by the kernel when
-    the supervisor dies. `prepare`: runs before every start.
+    `is_ready`: by default as soon as it runs. `prepare`: runs before every start. `stop_seconds`: after these
+    the processes of a stage are killed. `death_signal`: sent by the kernel when the supervisor dies.
     """
 
     name: str
     command: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    is_ready: Callable[[], bool] = always_ready
+    is_ready: Callable[[], bool] = lambda: True
     prepare: Callable[[], None] | None = None
     stop_signal: signal.Signals = signal.SIGTERM
     death_signal: signal.Signals = signal.SIGKILL

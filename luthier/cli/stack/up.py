@@ -18,7 +18,7 @@ from luthier.cli.stack.home import (
     run_folder,
     write_connection,
 )
-from luthier.cli.stack.plan import Plan, Step, reachable_host, service_environment, service_plan
+from luthier.cli.stack.plan import Plan, reachable_host, service_environment, service_plan
 from luthier.cli.stack.postgres import open_postgres
 from luthier.cli.stack.processes import ProcessSpec
 from luthier.cli.stack.supervisor import Stopped, Supervisor
@@ -113,7 +113,8 @@ def _start(
     supervisor.start(plan.early)
     supervisor.wait_ready([spec.name for spec in servers])
     for step in plan.steps:
-        _run_step(supervisor, step)
+        say(f"Running {step.name}")
+        supervisor.run_step(step.name, step.command, step.environment)
     say("Starting " + ", ".join(spec.name for spec in (*plan.early, *plan.late)))
     supervisor.start(plan.late)
     supervisor.wait_ready()
@@ -128,11 +129,6 @@ def _say_memory(settings: Settings) -> None:
             f"{format_bytes(device.serving_bytes)} for serving "
             f"(LUTHIER_SERVING_MEMORY_SHARE={settings.serving_memory_share:g})"
         )
-
-
-def _run_step(supervisor: Supervisor, step: Step) -> None:
-    say(f"Running {step.name}")
-    supervisor.run_step(step.name, step.command, step.environment)
 
 
 def _fetch_base(supervisor: Supervisor, settings: Settings, environment: dict[str, str]) -> None:

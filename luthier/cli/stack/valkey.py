@@ -4,6 +4,7 @@ import importlib.util
 import platform
 import socket
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from luthier.cli.stack.home import StackError
@@ -34,14 +35,10 @@ class Valkey:
                 *("--dir", str(self.socket_path.parent), "--daemonize", "no"),
             ),
             environment={"PATH": "/usr/bin:/bin", "LC_ALL": "C"},
-            is_ready=self.is_ready,
+            is_ready=partial(answers_ping, self.socket_path),
             stop_stage=2,
             stop_seconds=1.5,
         )
-
-    def is_ready(self) -> bool:
-        """Whether the server answers PING."""
-        return answers_ping(self.socket_path)
 
 
 def answers_ping(socket_path: Path) -> bool:
