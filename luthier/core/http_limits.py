@@ -7,7 +7,6 @@ import asyncio
 import json
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 from starlette.responses import JSONResponse
@@ -29,25 +28,9 @@ _busy = UnavailableError("Too many connections are open; try again.")
 _BUSY_RESPONSE = JSONResponse(_busy.to_body(), _busy.http_status, {"retry-after": "1", "connection": "close"})
 
 
-@dataclass(frozen=True)
-class HttpLimits:
-    """Limits of one connection, and their number. Times in seconds."""
-
-    max_connections: int
-    max_header_bytes: int
-    header_seconds: float
-    body_seconds: float
-
-
 def limited_protocol(settings: Settings) -> type[HttpToolsProtocol]:
     """Return the protocol class for uvicorn's `http`, with the limits that the settings name."""
-    limits = HttpLimits(
-        max_connections=settings.max_connections,
-        max_header_bytes=settings.max_header_bytes,
-        header_seconds=settings.header_timeout_seconds,
-        body_seconds=settings.body_timeout_seconds,
-    )
-    return type("LimitedHttpProtocol", (_LimitedHttpProtocol,), {"limits": limits, "idle": {}})
+    return type("LimitedHttpProtocol", (_LimitedHttpProtocol,), {"settings": settings, "idle": {}})
 
 
 def raise_open_file_limit() -> None:
@@ -61,12 +44,12 @@ def raise_open_file_limit() -> None:
 class _LimitedHttpProtocol(HttpToolsProtocol):
     """One connection.
 
-    Headers must be complete within `header_seconds` of the connection, or of the first byte of a later
-    request. A body must not be silent for `body_seconds` while the server reads it, and must end within
-    that time once the request has been answered.
+    Headers must be complete within the timeout from the connection, or from the first byte of a later
+    request. A body must not be silent for its timeout while the server reads it, and must end within that
+    time once the request has been answered.
     """
 
-    limits: ClassVar[HttpLimits]
+    settings: ClassVar[Settings]
     # Connections without a request, the longest idle first: they are closed where too many are open.
     idle: ClassVar[dict["_LimitedHttpProtocol", None]]
 
@@ -79,12 +62,12 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self._num_silent_looks = 0
         self._timer: asyncio.TimerHandle | None = None
         self.idle[self] = None
-        if len(self.connections) > self.limits.max_connections:
+        if len(self.connections) > self.settings.max_connections:
             self._close_longest_idle()
-        if len(self.connections) > self.limits.max_connections + _NUM_REFUSED:
+        if len(self.connections) > self.settings.max_connections + _NUM_REFUSED:
             transport.abort()
         else:
-            self._arm(self.limits.header_seconds, transport.close)
+            self._arm(self.settings.header_timeout_seconds, transport.close)
 
     def _close_longest_idle(self) -> None:
         longest = next(iter(self.idle))
@@ -104,7 +87,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         while data and not self.transport.is_closing():
             piece, data = data, b""
             if self._awaits_headers:
-                room = self.limits.max_header_bytes - self._num_header_bytes
+                room = self.settings.max_header_bytes - self._num_header_bytes
                 if room == 0:
                     self._refuse_headers()
                     return
@@ -114,9 +97,9 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
             super().data_received(piece)
         if self._timer is None and not self.transport.is_closing():
             if not self._awaits_headers:
-                self._arm(self.limits.body_seconds / _NUM_LOOKS, self._look_at_body)
+                self._arm(self.settings.body_timeout_seconds / _NUM_LOOKS, self._look_at_body)
             elif self._num_header_bytes:
-                self._arm(self.limits.header_seconds, self.transport.close)
+                self._arm(self.settings.header_timeout_seconds, self.transport.close)
 
     def on_headers_complete(self) -> None:
         """Start the request, or answer it 503 where too many connections are open."""
@@ -124,7 +107,7 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self.idle.pop(self, None)
         self._awaits_headers, self._num_header_bytes, self._num_silent_looks = False, 0, 0
         self._num_body_bytes = self._num_seen_bytes = 0
-        is_busy = len(self.connections) > self.limits.max_connections
+        is_busy = len(self.connections) > self.settings.max_connections
         self.app = _BUSY_RESPONSE if is_busy else self.config.loaded_app
         super().on_headers_complete()
 
@@ -150,13 +133,13 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         self._num_silent_looks = 0 if is_alive else self._num_silent_looks + 1
         self._num_seen_bytes = self._num_body_bytes
         if self._num_silent_looks < _NUM_LOOKS:
-            self._arm(self.limits.body_seconds / _NUM_LOOKS, self._look_at_body)
+            self._arm(self.settings.body_timeout_seconds / _NUM_LOOKS, self._look_at_body)
         else:
             self.transport.close()
 
     def _refuse_headers(self) -> None:
         if self.cycle is None or self.cycle.response_complete:
-            limit = self.limits.max_header_bytes
+            limit = self.settings.max_header_bytes
             error = HeadersTooLargeError(
                 f"The headers are larger than {limit} bytes; send fewer or shorter ones."
             )

@@ -65,7 +65,9 @@ PREFIXES: dict[IdKind, str] = {
     "request": "req_",
 }
 
-_NAME_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+_ALPHABET = string.ascii_lowercase + string.digits
+_SECRET_LENGTH = 43  # 43 of 36 characters: 222 bits
+_CRC_LENGTH = 6
 
 
 def new_id(kind: IdKind) -> str:
@@ -75,12 +77,11 @@ def new_id(kind: IdKind) -> str:
 
 def new_model_suffix() -> str:
     """Return the 8 random lower-case alphanumerics that end a tuned model's name."""
-    return "".join(secrets.choice(_NAME_ALPHABET) for _ in range(8))
+    return _random(8)
 
 
-_ALPHABET = string.ascii_lowercase + string.digits
-_SECRET_LENGTH = 43  # 43 of 36 characters: 222 bits
-_CRC_LENGTH = 6
+def _random(length: int) -> str:
+    return "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
 def _checksum(text: str) -> str:
@@ -94,8 +95,7 @@ def _checksum(text: str) -> str:
 
 def new_api_key() -> str:
     """Return a fresh key in plain text; only its hash is ever stored."""
-    head = "lt_" + "".join(secrets.choice(_ALPHABET) for _ in range(8))
-    body = f"{head}_" + "".join(secrets.choice(_ALPHABET) for _ in range(_SECRET_LENGTH))
+    body = f"lt_{_random(8)}_{_random(_SECRET_LENGTH)}"
     return body + _checksum(body)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from luthier.core.specs import Frozen
+
 LOANS_PATH = "/internal/loans"
 
 HEADER_TOKEN = "x-luthier-token"
@@ -45,7 +47,7 @@ class TokenUsage(NamedTuple):
         return cls(*map(int, text.split(",")))
 
 
-class ModelTarget(BaseModel):
+class ModelTarget(Frozen):
     """The target that a public model name resolved to, once per request.
 
     `artifact` is the storage prefix of the artifact folder and `digest` its manifest's digest; both are
@@ -53,8 +55,6 @@ class ModelTarget(BaseModel):
     artifact, where that is not the base itself. `model` is the public name, which answers repeat. A pinned
     model stays in memory until a request for it is not pinned.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str
     base_id: str
@@ -73,26 +73,21 @@ class ModelTarget(BaseModel):
             HEADER_MODEL: self.model,
             HEADER_BASE: self.base_id,
             HEADER_PROJECT: self.project_id,
+            HEADER_ARTIFACT: self.artifact,
+            HEADER_DIGEST: self.digest,
+            HEADER_FULL_MODEL: self.full_model,
+            HEADER_FULL_MODEL_DIGEST: self.full_model_digest,
+            HEADER_PINNED: "1" if self.is_pinned else None,
         }
-        if self.artifact is not None and self.digest is not None:
-            headers[HEADER_ARTIFACT] = self.artifact
-            headers[HEADER_DIGEST] = self.digest
-        if self.full_model is not None and self.full_model_digest is not None:
-            headers[HEADER_FULL_MODEL] = self.full_model
-            headers[HEADER_FULL_MODEL_DIGEST] = self.full_model_digest
-        if self.is_pinned:
-            headers[HEADER_PINNED] = "1"
-        return headers
+        return {name: value for name, value in headers.items() if value is not None}
 
 
-class LoanRequest(BaseModel):
+class LoanRequest(Frozen):
     """A request for bytes of a server's idle KV cache for a job on the same device; replaces an earlier loan.
 
     `hostname` is None where the server is on the job's machine. Less than `least_bytes` is useless; 0 for
     `num_bytes` returns the loan, which lapses after `seconds`.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     hostname: str | None
     device: str

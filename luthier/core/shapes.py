@@ -1,6 +1,7 @@
 """The shape of a base, read from its files without torch: sizes, and the name and shape of every weight."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +34,7 @@ class Weight:
     @property
     def num_numbers(self) -> int:
         """How many numbers it holds."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

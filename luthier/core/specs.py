@@ -185,7 +185,7 @@ MOST_ROUNDING = 0.25
 _LARGEST_RATIO = 2.0
 
 
-class Canary(BaseModel):
+class Canary(Frozen):
     """A text and some of the logits after it.
 
     `logits` are those of the tokens `candidates`, the likeliest first. `precision` is the type of the weights
@@ -194,7 +194,6 @@ class Canary(BaseModel):
     at most `MOST_ROUNDING`: weights that amplify it more are served in float32 alone.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     token_ids: list[int]
     candidates: list[int]
     logits: list[float]
