@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from luthier.core.cost_model import max_part_tokens
 from luthier.core.errors import InvalidValueError, LuthierError
 from luthier.core.events import Evaluation, StartedEvent
-from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.methods import Attached, MethodParams, Start
 from luthier.methods._tuning import parse_tuning
@@ -41,20 +39,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NUM_SAMPLE_TOKENS = 32
-# The longest row's part in a proof: beyond the length at which the fast path attends in another way.
+# Tokens of the longest row: beyond the length at which the fast path computes attention in another way.
 _NUM_LONG_SAMPLE_TOKENS = 512
 # Rows that a method may take its first values from.
 _NUM_EXAMPLES = 64
 
 
-def assemble(
-    job: Job, writer: EventWriter, stop: StopRequest, started_at: float
-) -> tuple[Loop, Evaluation | None]:
+def assemble(job: Job, writer: EventWriter, stop: StopRequest, started_at: float) -> Loop:
     """Load the base, attach the method, put back a save point.
-
-    Returns:
-        The loop; and, while no step is done, the scores of what training starts from where the method does
-        not start as that.
 
     Raises:
         UnsuitableParentError: when the job can't continue what its run directory has.
@@ -72,7 +64,8 @@ def assemble(
     method, params = parse_tuning(spec.tuning)
     base, ground = Path(inputs.base_path), ground_folder(job, method)
     has_base_to_score = spec.parent is not None and progress.step == 0
-    causal_lm = load_base(base if has_base_to_score else ground, dtype=machine.dtype, device=machine.device)
+    load = partial(load_base, dtype=machine.dtype, device=machine.device)
+    causal_lm = load(base if has_base_to_score else ground)
     pad_id = _pad_id(causal_lm.config)
     samples = _samples(job, pad_id)
     evaluator = _evaluator(job, machine, tokenizer, pad_id, stop, writer, room=_room(job, params))
@@ -86,7 +79,7 @@ def assemble(
             del causal_lm
             gc.collect()
             with progress.phase("load"):
-                causal_lm = load_base(ground, dtype=machine.dtype, device=machine.device)
+                causal_lm = load(ground)
     if not spec.takes_parents_weights:
         evaluator = _with_preferences(
             job, evaluator, progress, partial(_untuned, causal_lm, machine, samples[0])
@@ -124,7 +117,7 @@ def assemble(
         start_master_weights(optimizer, attached, ground)
     progress.add_seconds("load", time.monotonic() - attach_began)
     _report_started(job, writer, model, machine, progress, time.monotonic() - started_at)
-    loop = Loop(
+    return Loop(
         job,
         model,
         optimizer=optimizer,
@@ -146,8 +139,8 @@ def assemble(
         progress=progress,
         machine=machine,
         log=log,
+        start_evaluation=start_evaluation,
     )
-    return loop, start_evaluation
 
 
 def _report_started(
@@ -165,7 +158,7 @@ def _report_started(
         )
     )
     if model.path == "fused":
-        writer.say("The fast path for this architecture runs; it was compared with the plain one.")
+        writer.say("The fast path for this architecture runs; it was compared with the reference path.")
 
 
 def _start(job: Job, tokenizer: Tokenizer) -> Start:
@@ -223,9 +216,11 @@ def _evaluator(
         validation=None if job.spec.dpo is not None else job.validation,
         general=general_rows(tokenizer, room),
         prompts=prompts,
-        max_tokens=max_part_tokens(base, machine.device),
-        pad_id=pad_id,
-        should_stop=should_stop,
+        options={
+            "max_tokens": max_part_tokens(base, machine.device),
+            "pad_id": pad_id,
+            "should_stop": should_stop,
+        },
     )
 
 
@@ -238,17 +233,7 @@ def _with_preferences(
         return evaluator
     if isinstance(dpo.beta, str):
         raise LuthierError('The spec still holds "auto" values; it must be resolved before training.')
-    start = make_start()
-
-    def score(rows: PreparedRows) -> NDArray[np.float32]:
-        return reference_log_likelihoods(
-            start,
-            rows,
-            max_tokens=evaluator.max_tokens,
-            pad_id=evaluator.pad_id,
-            should_stop=evaluator.should_stop,
-        )
-
+    score = partial(reference_log_likelihoods, make_start(), **evaluator.options)
     with progress.phase("evaluate"):
         validation = None if job.validation is None else score(job.validation)
         preferences = Preferences(dpo.beta, score(job.rows), validation)
@@ -271,13 +256,14 @@ def _untuned(causal_lm: "PreTrainedModel", machine: Machine, sample: Batch) -> J
 def _samples(job: Job, pad_id: int) -> list[Batch]:
     """Return the shortest row, cut to a few tokens, and the longest: enough to compare results on."""
     lengths = row_lengths(job.rows)
-    shortest = _cut(job, int(np.argmin(lengths)), _NUM_SAMPLE_TOKENS, pad_id)
-    return [shortest, _cut(job, int(np.argmax(lengths)), _NUM_LONG_SAMPLE_TOKENS, pad_id)]
-
-
-def _cut(job: Job, row: int, num_tokens: int, pad_id: int) -> Batch:
-    batch = collate(job.rows, np.array([row]), pad_id)
-    return Batch(batch.token_ids_BT[:, :num_tokens], batch.supervised_BT[:, :num_tokens], 0)
+    samples = []
+    for row, num_tokens in (
+        (np.argmin(lengths), _NUM_SAMPLE_TOKENS),
+        (np.argmax(lengths), _NUM_LONG_SAMPLE_TOKENS),
+    ):
+        whole = collate(job.rows, np.array([row]), pad_id)
+        samples.append(Batch(whole.token_ids_BT[:, :num_tokens], whole.supervised_BT[:, :num_tokens], 0))
+    return samples
 
 
 def _pad_id(config: object) -> int:

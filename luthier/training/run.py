@@ -29,8 +29,8 @@ def run(folder: Path, events: int, stop: StopRequest) -> bool:
     started_at = time.monotonic()
     try:
         job = read_job(folder, inputs)
-        loop, start_evaluation = assemble(job, writer, stop, started_at)
-        loop.run(start_evaluation)
+        loop = assemble(job, writer, stop, started_at)
+        loop.run()
         writer.emit(loop.write_result(started_at))
     except StoppedError:
         writer.emit(StoppedEvent(job_id=writer.job_id, step=loop.progress.step if loop else 0))

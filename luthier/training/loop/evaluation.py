@@ -5,10 +5,10 @@ ends a passage. The text is part of what reported numbers mean: changing it chan
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows, join_rows
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.training.loop.sample_answers import SamplePrompts
-from luthier.training.model.batches import collate, row_lengths
+from luthier.training.model.batches import ScoringOptions, micro_batches
 from luthier.training.model.dpo import PairBatch, PairSums, Preferences, pair_loss
 from luthier.training.model.training_model import JobModel
-from luthier.training.process_io import StoppedError
 
 _PATH = Path(__file__).with_name("general_text.txt")
 # Enough for any passage; a base with a shorter context reads them in pieces.
@@ -68,20 +67,11 @@ class Scores:
 
 
 @torch.no_grad()
-def evaluate(
-    model: JobModel,
-    rows: PreparedRows,
-    *,
-    max_tokens: int,
-    pad_id: int,
-    should_stop: Callable[[], bool],
-) -> Scores:
-    """Score rows with a supervised token at least; raises StoppedError once `should_stop` returns True."""
+def evaluate(model: JobModel, rows: PreparedRows, **options: Unpack[ScoringOptions]) -> Scores:
+    """Score rows, of which one has a supervised token at least."""
     nll_sum, num_right, num_supervised = 0.0, 0, 0
-    for part in split_micro(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
-        if should_stop():
-            raise StoppedError
-        loss = model.loss(collate(rows, part, pad_id))
+    for _, batch in micro_batches(rows, split_micro, options):
+        loss = model.loss(batch)
         nll_sum += loss.nll_sum.item()
         num_right += loss.num_right
         num_supervised += loss.num_supervised
@@ -95,17 +85,12 @@ def evaluate_pairs(
     reference_N: NDArray[np.float32],
     *,
     beta: float,
-    max_tokens: int,
-    pad_id: int,
-    should_stop: Callable[[], bool],
+    **options: Unpack[ScoringOptions],
 ) -> Scores:
-    """Score pairs beside the reference's log-likelihood of every row; stops as `evaluate` does."""
+    """Score pairs beside the reference's log-likelihood of every row."""
     sums, num_pairs = PairSums(), rows.num_rows // 2
-    for part in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
-        if should_stop():
-            raise StoppedError
-        pairs = PairBatch(collate(rows, part, pad_id), torch.from_numpy(reference_N[part]))
-        sums.add(pair_loss(model, pairs, beta))
+    for some, batch in micro_batches(rows, split_pairs, options):
+        sums.add(pair_loss(model, PairBatch(batch, torch.from_numpy(reference_N[some])), beta))
     return Scores(sums.loss / num_pairs, None, sums.num_right / num_pairs, sums.margin / num_pairs)
 
 
@@ -113,17 +98,14 @@ def evaluate_pairs(
 class Evaluator:
     """Everything that a model is scored on, the same at every evaluation of a run.
 
-    `validation` may be absent, `general` is the bundled text. `max_tokens` bounds a part with its padding,
-    `pad_id` fills the right of shorter rows, `should_stop` is asked often. `preferences`
-    is set when the validation rows are pairs.
+    `validation` may be absent, `general` is the bundled text. `preferences` is set when the validation rows
+    are pairs.
     """
 
     validation: PreparedRows | None
     general: PreparedRows
     prompts: SamplePrompts
-    max_tokens: int
-    pad_id: int
-    should_stop: Callable[[], bool]
+    options: ScoringOptions
     preferences: Preferences | None = None
 
     def evaluate(self, model: JobModel, *, step: int, epoch: float, loss_before: float | None) -> Evaluation:
@@ -140,7 +122,7 @@ class Evaluator:
         with model.evaluation_mode():
             valid = None if self.validation is None else self._score(model, self.validation, step)
             general = self._score(model, self.general, step).loss
-            answers = self.prompts.answer(model.method, model.attached, self.should_stop)
+            answers = self.prompts.answer(model.method, model.attached, self.options["should_stop"])
         return Evaluation(
             step=step,
             epoch=epoch,
@@ -167,15 +149,5 @@ class Evaluator:
     def _compute(self, model: JobModel, rows: PreparedRows) -> Scores:
         preferences = self.preferences
         if preferences is None or preferences.validation_N is None or rows is self.general:
-            return evaluate(
-                model, rows, max_tokens=self.max_tokens, pad_id=self.pad_id, should_stop=self.should_stop
-            )
-        return evaluate_pairs(
-            model,
-            rows,
-            preferences.validation_N,
-            beta=preferences.beta,
-            max_tokens=self.max_tokens,
-            pad_id=self.pad_id,
-            should_stop=self.should_stop,
-        )
+            return evaluate(model, rows, **self.options)
+        return evaluate_pairs(model, rows, preferences.validation_N, beta=preferences.beta, **self.options)

@@ -52,8 +52,9 @@ _REPORTED = (
 class Loop:
     """The steps of one run, and everything that they share.
 
-    `model` and `progress` are those of a save point where one was found. `clock` gives seconds from any
-    start, never going back.
+    `model` and `progress` are those of a save point where one was found. `start_evaluation` has the scores of
+    what training starts from, the base or a tuned model, where the untrained model's are not those.
+    `clock` gives seconds from any start, never going back.
     """
 
     job: Job
@@ -68,6 +69,7 @@ class Loop:
     progress: Progress
     machine: Machine
     log: TrainingLog
+    start_evaluation: Evaluation | None = None
     clock: Callable[[], float] = time.monotonic
     _last_manifest: Manifest | None = field(default=None, init=False)
 
@@ -76,12 +78,8 @@ class Loop:
         # A resumed run starts from a save point of its step.
         self._saved_step = self.progress.step
 
-    def run(self, start_evaluation: Evaluation | None) -> None:
+    def run(self) -> None:
         """Do every step that is left.
-
-        Args:
-            start_evaluation: the scores of what training starts from, the base or a tuned model, where they
-                can't be taken from the untrained model's.
 
         Raises:
             StoppedError: when TERM came; a save point of the last step is written.
@@ -91,7 +89,7 @@ class Loop:
         """
         plan, progress = self.job.plan, self.progress
         if progress.step == 0:
-            self._report_evaluation(start_evaluation or self._evaluate())
+            self._report_evaluation(self.start_evaluation or self._evaluate())
         elif progress.untold is not None:
             self._end_epoch(progress.untold)
         elif plan.ends_epoch(progress.step) and not self.publisher.checkpoint_folder(progress.step).exists():

@@ -1,11 +1,15 @@
 """Prepared rows as tensors of micro-batches. Legend: B rows, T tokens, N all rows."""
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypedDict
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.modeling.training_protocols import Batch
+from luthier.training.process_io import StoppedError
 
 
 def row_lengths(rows: PreparedRows) -> NDArray[np.int64]:
@@ -27,6 +31,26 @@ def collate(rows: PreparedRows, row_numbers: NDArray[np.int64], pad_id: int) -> 
         supervised_BT[i, : end - start] = rows.supervised[start:end]
     supervised_BT[:, 0] = False
     return Batch(torch.from_numpy(token_ids_BT), torch.from_numpy(supervised_BT), int((ends - starts).sum()))
+
+
+class ScoringOptions(TypedDict):
+    """How rows are scored: padded tokens of a micro-batch at most, the id that pads, and when to stop."""
+
+    max_tokens: int
+    pad_id: int
+    should_stop: Callable[[], bool]
+
+
+def micro_batches(
+    rows: PreparedRows,
+    split: Callable[[NDArray[np.int64], NDArray[np.int64], int], Iterable[NDArray[np.int64]]],
+    options: ScoringOptions,
+) -> Iterator[tuple[NDArray[np.int64], Batch]]:
+    """Yield numbers and tensors of all rows, cut by `split`; raises StoppedError when it is to stop."""
+    for row_numbers in split(np.arange(rows.num_rows), row_lengths(rows), options["max_tokens"]):
+        if options["should_stop"]():
+            raise StoppedError
+        yield row_numbers, collate(rows, row_numbers, options["pad_id"])
 
 
 def count_supervised(rows: PreparedRows) -> NDArray[np.int64]:

@@ -8,8 +8,8 @@ computes them again, from the same weights in the same order.
 Legend: P pairs, B rows (2P, the preferred one of each pair first).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from luthier.data.prepare.preference_pairs import split_pairs
 from luthier.data.prepare.prepared_rows import PreparedRows
 from luthier.modeling.training_protocols import Batch
-from luthier.training.model.batches import collate, row_lengths
+from luthier.training.model.batches import ScoringOptions, micro_batches
 from luthier.training.model.training_model import JobModel
-from luthier.training.process_io import StoppedError
 
 
 @dataclass(frozen=True)
@@ -84,25 +83,11 @@ def pair_loss(model: JobModel, pairs: PairBatch, beta: float) -> PairLoss:
 
 @torch.no_grad()
 def reference_log_likelihoods(
-    model: JobModel,
-    rows: PreparedRows,
-    *,
-    max_tokens: int,
-    pad_id: int,
-    should_stop: Callable[[], bool],
+    model: JobModel, rows: PreparedRows, **options: Unpack[ScoringOptions]
 ) -> NDArray[np.float32]:
-    """Score every row under the model that the job starts from, in evaluation mode.
-
-    Returns:
-        Sums of log-likelihoods of the supervised tokens, float32 [N].
-
-    Raises:
-        StoppedError: when `should_stop`, called between micro-batches, returned True.
-    """
+    """Return the log-likelihood of every row's supervised tokens, float32 [N], in evaluation mode."""
     found_N = np.zeros(rows.num_rows, dtype=np.float32)
     with model.evaluation_mode():
-        for some in split_pairs(np.arange(rows.num_rows), row_lengths(rows), max_tokens):
-            if should_stop():
-                raise StoppedError
-            found_N[some] = model.row_log_likelihoods(collate(rows, some, pad_id)).cpu().numpy()
+        for some, batch in micro_batches(rows, split_pairs, options):
+            found_N[some] = model.row_log_likelihoods(batch).cpu().numpy()
     return found_N
