@@ -1,14 +1,14 @@
 """The processes of a home's service and their environments, as data. Starts nothing."""
 
-import http.client
 import os
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
+
+import httpx2
 
 from luthier.cli.stack.home import Secrets, StackError
 from luthier.cli.stack.processes import ProcessSpec
@@ -153,17 +153,13 @@ def answers(url: str, path: str, *contents: bytes) -> bool:
         url: `http://host:port` or `unix:///path.sock`.
     """
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "localhost", parts.port, timeout=1.0)
+    socket_path = parts.path if parts.scheme == "unix" else None
+    origin = url if socket_path is None else "http://localhost"
+    transport = httpx2.HTTPTransport(uds=socket_path, verify=False)
     try:
-        if parts.scheme == "unix":
-            connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            connection.sock.settimeout(1.0)
-            connection.sock.connect(parts.path)
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read(64 * 1024)
-    except (OSError, http.client.HTTPException):
+        with httpx2.Client(transport=transport, timeout=1.0, trust_env=False) as client:
+            response = client.get(origin + path)
+    except httpx2.HTTPError:
         return False
-    finally:
-        connection.close()
-    return response.status == 200 and (not contents or any(content in body for content in contents))
+    found = response.content
+    return response.status_code == 200 and (not contents or any(content in found for content in contents))

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
 from luthier.core.runtime import die_with_parent
@@ -48,16 +49,8 @@ class ProcessSpec:
 
 def rotate_log(path: Path) -> None:
     """Rename a log of more than 10 MiB to NAME.log.1; three old ones are kept."""
-    try:
-        if path.stat().st_size < _MAX_LOG_BYTES:
-            return
-    except FileNotFoundError:
-        return
-    for number in range(_NUM_OLD_LOGS - 1, 0, -1):
-        older = path.with_name(f"{path.name}.{number}")
-        if older.exists():
-            older.replace(path.with_name(f"{path.name}.{number + 1}"))
-    path.replace(path.with_name(f"{path.name}.1"))
+    if path.exists() and path.stat().st_size >= _MAX_LOG_BYTES:
+        RotatingFileHandler(path, backupCount=_NUM_OLD_LOGS, delay=True).doRollover()
 
 
 def spawn(
