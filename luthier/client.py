@@ -81,7 +81,6 @@ class LuthierClient(AbstractContextManager["LuthierClient"]):
         return self._data("/keys")
 
     def revoke_key(self, key_id: str) -> None:
-        """Make a key useless."""
         self._ask("DELETE", f"/keys/{quote(key_id, safe='')}")
 
     # ---- usage
@@ -126,7 +125,6 @@ class LuthierClient(AbstractContextManager["LuthierClient"]):
         return self._all("/files")
 
     def delete_file(self, file_id: str) -> None:
-        """Delete a file."""
         self._ask("DELETE", f"/files/{quote(file_id, safe='')}")
 
     # ---- answers
@@ -159,7 +157,6 @@ class LuthierClient(AbstractContextManager["LuthierClient"]):
     # ---- jobs and models
 
     def create_job(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Make a job and return it."""
         return self._ask("POST", "/fine_tuning/jobs", body=body)
 
     def list_checkpoints(self, job_id: str) -> list[dict[str, Any]]:
@@ -167,15 +164,12 @@ class LuthierClient(AbstractContextManager["LuthierClient"]):
         return self._all(f"/fine_tuning/jobs/{quote(job_id, safe='')}/checkpoints")
 
     def list_jobs(self, *, limit: int = 20) -> list[dict[str, Any]]:
-        """Return the newest jobs."""
         return self._data("/fine_tuning/jobs", {"limit": str(limit)})
 
     def get_job(self, job_id: str) -> dict[str, Any]:
-        """Return one job."""
         return self._ask("GET", f"/fine_tuning/jobs/{quote(job_id, safe='')}")
 
     def cancel_job(self, job_id: str) -> dict[str, Any]:
-        """Cancel a job and return it."""
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/cancel")
 
     def pause_job(self, job_id: str) -> dict[str, Any]:
@@ -183,7 +177,6 @@ class LuthierClient(AbstractContextManager["LuthierClient"]):
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/pause")
 
     def resume_job(self, job_id: str) -> dict[str, Any]:
-        """Resume a paused job, and return it."""
         return self._ask("POST", f"/fine_tuning/jobs/{quote(job_id, safe='')}/resume")
 
     def estimate_job(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -215,7 +208,6 @@ class LuthierClient(AbstractContextManager["LuthierClient"]):
         return self._ask("PUT" if is_pinned else "DELETE", f"/models/{quote(name, safe='')}/pin")
 
     def delete_model(self, name: str) -> None:
-        """Delete a tuned model or a checkpoint with its files."""
         self._ask("DELETE", f"/models/{quote(name, safe='')}")
 
     # ---- aliases

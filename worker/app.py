@@ -46,7 +46,6 @@ def sweep(context: WorkerContext) -> None:
 
 
 def run(settings: Settings, *, has_broker: bool = True) -> None:
-    """Work until TERM."""
     started_at = time.monotonic()
     context = make_context(settings)
     stop_on_signals(context)

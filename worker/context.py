@@ -101,7 +101,6 @@ class WorkerContext:
         return {base_id: None if facts is None else facts.digest for base_id, facts in found.items()}
 
     def can_run(self) -> ColumnElement[bool]:
-        """Select the jobs that this machine can run."""
         return workers.can_run(self.list_bases(), self.unreadable)
 
     def run_dir(self, lease: Lease) -> Path:
@@ -119,7 +118,6 @@ class WorkerContext:
 
     @property
     def num_threads(self) -> int:
-        """CPU threads of one training run."""
         return self.settings.num_threads or os.cpu_count() or 1
 
     @property

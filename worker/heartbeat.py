@@ -85,13 +85,11 @@ class LeaseHeartbeat:
                 _log.warning("lease not renewed", job_id=self._lease.job_id, error=type(error).__name__)
 
     def stop(self) -> None:
-        """Stop renewing."""
         self._is_done.set()
 
 
 @contextmanager
 def lease_heartbeat(context: WorkerContext, lease: Lease) -> Iterator[LeaseHeartbeat]:
-    """Renew a lease for as long as the block runs."""
     heartbeat = LeaseHeartbeat(context, lease)
     thread = threading.Thread(target=heartbeat.run, daemon=True)
     thread.start()

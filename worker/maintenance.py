@@ -56,7 +56,6 @@ def repeat(
 
 
 def beat(context: WorkerContext) -> None:
-    """Record that the worker is alive."""
     found = context.device
     device = {"device": str(found), "device_bytes": None if found is None else found.total_bytes}
     with context.database.transaction() as session:

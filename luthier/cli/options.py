@@ -23,7 +23,6 @@ _CONNECTION = {"home": Home, "base_url": BaseUrl, "api_key": ApiKey}
 
 
 def open_client(base_url: str | None, api_key: str | None, home: Path | None) -> "LuthierClient":
-    """Return a client of the service that the options name."""
     from luthier.cli.connection import find_connection
     from luthier.client import LuthierClient
 

@@ -11,7 +11,6 @@ Columns = dict[str, Column]
 
 
 def print_json(value: Any) -> None:
-    """Print a value as indented JSON."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 

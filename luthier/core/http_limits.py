@@ -77,7 +77,6 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
             longest.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the timer."""
         self._disarm()
         self.idle.pop(self, None)
         super().connection_lost(exc)
@@ -118,7 +117,6 @@ class _LimitedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Count the connection as idle."""
         super().on_response_complete()
         if self.cycle.response_complete and not self.transport.is_closing():
             self.idle[self] = None

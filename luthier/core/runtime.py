@@ -53,7 +53,6 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Return free memory to the kernel."""
     malloc_trim = _find("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)

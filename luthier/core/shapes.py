@@ -33,7 +33,6 @@ class Weight:
 
     @property
     def num_numbers(self) -> int:
-        """How many numbers it holds."""
         return math.prod(self.shape)
 
 

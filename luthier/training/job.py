@@ -38,7 +38,6 @@ class Job:
 
     @property
     def spec(self) -> TrainingSpec:
-        """The resolved spec."""
         return self.origin.spec
 
     @property
@@ -55,7 +54,6 @@ class Job:
 
 
 def read_inputs(folder: Path) -> RunInputs:
-    """Read inputs.json of a run directory."""
     return RunInputs.model_validate_json((folder / INPUTS_NAME).read_bytes())
 
 

@@ -58,7 +58,6 @@ class EventWriter:
             self.emit(ProgressEvent(job_id=self.job_id))
 
     def say(self, message: str, level: str = "info") -> None:
-        """Write a sentence for the user."""
         self.emit(MessageEvent.model_validate({"job_id": self.job_id, "level": level, "message": message}))
 
 

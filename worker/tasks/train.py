@@ -69,7 +69,6 @@ class Loan:
         self._keeping.start()
 
     def end(self) -> None:
-        """Give it back."""
         self._is_ended.set()
         self._keeping.join()
         _ask(self._context, self._url, self._request.model_copy(update={"num_bytes": 0, "least_bytes": 0}))
@@ -103,7 +102,6 @@ class Claimed:
 
 
 def train(context: WorkerContext, claimed: Claimed) -> None:
-    """Run a claimed job to an end."""
     log = _log.bind(job_id=claimed.lease.job_id, epoch=claimed.lease.fencing_token)
     run_dir = context.run_dir(claimed.lease)
     tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)

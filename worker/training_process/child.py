@@ -40,7 +40,6 @@ _MAX_LINE_BYTES = 16 * 1024 * 1024
 
 
 def child_environment(num_threads: int) -> dict[str, str]:
-    """Return the environment of a training process."""
     allowed = {
         name: value
         for name, value in os.environ.items()

@@ -32,7 +32,6 @@ class EventBuffer:
 
     @property
     def is_empty(self) -> bool:
-        """Whether all is written."""
         return not self._events and not self._columns
 
     def add(self, message: str, **facts: Any) -> None:

@@ -107,7 +107,6 @@ class ForkServer:
         return run
 
     def stop(self) -> None:
-        """End the fork server, if there is one."""
         process, self._process = self._process, None
         requests, self._requests = self._requests, None
         if process is not None:

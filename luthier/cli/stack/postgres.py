@@ -44,11 +44,9 @@ class Postgres:
     secrets: Secrets
 
     def url(self) -> str:
-        """Return the URL by which the service connects."""
         return database_url(self.socket_folder.parent, self.secrets)
 
     def spec(self) -> ProcessSpec:
-        """Return the server as a process of the stack."""
         return ProcessSpec(
             name="postgres",
             command=(

@@ -87,7 +87,6 @@ def spawn(
 
 
 def signal_group(process: "subprocess.Popen[bytes]", number: signal.Signals) -> None:
-    """Signal a spawned process and all that share its group."""
     try:
         os.killpg(process.pid, number)
     except ProcessLookupError:

@@ -77,11 +77,9 @@ class Supervisor:
 
     @property
     def is_stopping(self) -> bool:
-        """Whether a stop was asked for."""
         return self._num_stop_signals > 0
 
     def pid_of(self, name: str) -> int | None:
-        """Return the pid of a process that runs, by its name."""
         for kept in self._kept:
             if kept.spec.name == name and kept.process is not None:
                 return kept.process.pid

@@ -25,7 +25,6 @@ class Valkey:
         return f"redis+socket://{self.socket_path}"
 
     def spec(self) -> ProcessSpec:
-        """Return the server as a process of the stack."""
         return ProcessSpec(
             name="valkey",
             command=(

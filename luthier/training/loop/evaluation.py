@@ -32,7 +32,6 @@ _MAX_ROW_TOKENS = 128
 
 @cache
 def general_passages() -> list[str]:
-    """Return the passages, in file order."""
     return _PATH.read_text(encoding="utf-8").strip().split("\n\n")
 
 

@@ -79,7 +79,6 @@ class Pace:
         self._done_tokens = 0
 
     def step_done(self, num_tokens: int) -> None:
-        """Count one step's real tokens."""
         self._done_tokens += num_tokens
         self._remaining_tokens -= num_tokens
         self._marks.append((self._clock(), self._done_tokens))

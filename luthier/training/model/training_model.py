@@ -155,7 +155,6 @@ class JobModel:
         return self.method.logits(self.attached, batch.token_ids_BT.to(self.device))
 
     def clear_gradients(self) -> None:
-        """Drop all gradients."""
         for parameter in self.parameters:
             parameter.grad = None
             parameter.grad_dtype = parameter.dtype

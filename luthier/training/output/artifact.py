@@ -138,10 +138,8 @@ class TrainingLog:
         path.write_text(text)
 
     def append(self, **facts: Any) -> None:
-        """Add one line."""
         with self.path.open("a") as stream:
             stream.write(json.dumps(facts) + "\n")
 
     def read(self) -> str:
-        """Return the history as text."""
         return self.path.read_text()

@@ -47,7 +47,6 @@ class Publisher:
         return self._chosen if self._chosen.exists() else None
 
     def checkpoint_folder(self, step: int) -> Path:
-        """Return the folder of a step's checkpoint."""
         return self.job.folder / "checkpoints" / f"step-{step:06d}"
 
     def write_checkpoint(self, step: int, metrics: Metrics, *, is_chosen: bool) -> Manifest:
