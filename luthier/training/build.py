@@ -25,7 +25,12 @@ from luthier.training.loop.loop import Loop
 from luthier.training.loop.run_stats import Progress
 from luthier.training.loop.sample_answers import SamplePrompts
 from luthier.training.model.batches import collate, row_lengths
-from luthier.training.model.continuation import check_parent, ground_folder, prove_start, take_parents_weights
+from luthier.training.model.continuation import (
+    check_parent,
+    ground_folder,
+    take_parents_weights,
+    verify_start,
+)
 from luthier.training.model.device import Machine, choose_machine
 from luthier.training.model.dpo import Preferences, reference_log_likelihoods
 from luthier.training.model.optimizer import build_optimizer, start_master_weights
@@ -91,7 +96,7 @@ def assemble(job: Job, writer: EventWriter, stop: StopRequest, started_at: float
     attached = method.attach(causal_lm, params, _start(job, tokenizer))
     take_parents_weights(job, method, attached)
     model = JobModel(method, attached, machine.device, samples[0])
-    prove_start(job, model)
+    verify_start(job, model)
     if spec.takes_parents_weights:
         evaluator = _with_preferences(job, evaluator, progress, lambda: model)
     optimizer = build_optimizer(

@@ -190,7 +190,7 @@ class GradientAccumulator:
         return compute_pair_gradients(
             self.model,
             (
-                PairBatch(self._collate(some), preferences.reference_of(some))
+                PairBatch(self._collate(some), torch.from_numpy(preferences.training_N[some]))
                 for some in split_pairs(rows, self._lengths, self.max_tokens)
             ),
             beta=preferences.beta,

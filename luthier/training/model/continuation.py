@@ -1,6 +1,6 @@
 """Continuation of a tuned model: the artifacts in the run directory, checked before they are used.
 
-A run never trains on weights that it has not proved to be the parent's: digests, the base below and the
+A run never trains on weights that it has not verified to be the parent's: digests, the base below and the
 method are checked on the files, shapes where tensors are filled in, and the logits last of all.
 """
 
@@ -66,7 +66,7 @@ def take_parents_weights(job: Job, method: Method, attached: Attached) -> None:
 
 
 @torch.no_grad()
-def prove_start(job: Job, model: JobModel) -> None:
+def verify_start(job: Job, model: JobModel) -> None:
     """Compare the model before its first step with the parent as its users load it.
 
     Raises:

@@ -101,7 +101,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
-def there_is_bytes(machine: Machine) -> int:
+def available_bytes(machine: Machine) -> int:
     """Return the memory that this process could have: the device's, or what system and limits leave."""
     if machine.device == "cuda":
         return int(torch.cuda.mem_get_info()[1])
@@ -136,7 +136,7 @@ def out_of_memory(
     )
     return OutOfMemoryError(
         f"{what} does not fit into memory: about {_mebibytes(need)} are needed and this worker's "
-        f"{machine.device} has {_mebibytes(there_is_bytes(machine))} for it. Use a smaller "
+        f"{machine.device} has {_mebibytes(available_bytes(machine))} for it. Use a smaller "
         "training.max_length, a smaller base, or a method with fewer parameters."
     )
 

@@ -68,10 +68,6 @@ class Preferences:
     training_N: NDArray[np.float32]
     validation_N: NDArray[np.float32] | None
 
-    def reference_of(self, row_numbers: NDArray[np.int64]) -> torch.Tensor:
-        """Return the reference's log-likelihoods of some training rows, float32 [B]."""
-        return torch.from_numpy(self.training_N[row_numbers])
-
 
 def pair_loss(model: JobModel, pairs: PairBatch, beta: float) -> PairLoss:
     """Score some pairs: the sum of -log sigmoid(margin), in float32, and the margins."""

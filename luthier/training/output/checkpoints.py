@@ -77,7 +77,7 @@ class Publisher:
         return manifest
 
     def write_result(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
-        """Make the model as it is now the result, once it is proved.
+        """Make the model as it is now the result, once it is verified.
 
         Raises:
             SelfCheckError: when what was saved is not what was trained.
@@ -87,7 +87,7 @@ class Publisher:
         return manifest
 
     def take_chosen(self, folder: Path, step: int, metrics: Metrics) -> Manifest:
-        """Make the chosen checkpoint, proved when it was chosen, the result."""
+        """Make the chosen checkpoint, verified when it was chosen, the result."""
         return take_over_artifact(
             self._chosen, folder, self.model, self.job.origin, step=step, metrics=metrics
         )

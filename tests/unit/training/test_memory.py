@@ -9,7 +9,7 @@ from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.cost_model import max_part_tokens
 from luthier.core.shapes import read_shape
 from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
-from luthier.training.model.device import Machine, out_of_memory, there_is_bytes
+from luthier.training.model.device import Machine, available_bytes, out_of_memory
 from luthier.training.output.artifact import Origin
 from services.capacity.estimates import need_memory
 from tests.tiny import build_tiny_base, build_tiny_run
@@ -41,7 +41,7 @@ def test_there_is_what_this_process_has_and_what_is_left() -> None:
         if line.startswith("MemTotal:")
     )
     # A library that two processes share counts in both.
-    assert 10 * 1024**2 < there_is_bytes(FLOAT32) <= 1.05 * total
+    assert 10 * 1024**2 < available_bytes(FLOAT32) <= 1.05 * total
 
 
 @pytest.mark.parametrize(
