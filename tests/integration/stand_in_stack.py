@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from luthier.cli.settings import read_settings
-from luthier.cli.stack.plan import Plan, Step, answers
+from luthier.cli.stack.plan import Plan, answers
 from luthier.cli.stack.processes import ProcessSpec
 from luthier.cli.stack.up import up
 from luthier.core.errors import LuthierError
@@ -44,7 +44,7 @@ def _plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
     python = sys.executable
     return Plan(
         early=(),
-        steps=(Step("migrate", (python, "-c", _MIGRATE), environment),),
+        steps=(ProcessSpec("migrate", (python, "-c", _MIGRATE), environment),),
         late=(
             ProcessSpec(
                 name="api",

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,20 +23,11 @@ _NOT_FOR_INFERENCE = (
 
 
 @dataclass(frozen=True)
-class Step:
-    """A command that runs to its end before the service starts."""
-
-    name: str
-    command: tuple[str, ...]
-    environment: Mapping[str, str]
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What `luthier up` runs: `early` beside the steps, `late` after them."""
+    """What `luthier up` runs: `early` beside the steps, each of them to its end, and `late` after them."""
 
     early: tuple[ProcessSpec, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[ProcessSpec, ...]
     late: tuple[ProcessSpec, ...]
 
 
@@ -86,8 +76,8 @@ def service_plan(environment: dict[str, str], *, host: str, port: int) -> Plan:
             _inference(python, inference_environment, url, number) for number, url in enumerate(urls)
         ),
         steps=(
-            Step("migrate", (python, "-m", "db.migrate"), running_environment),
-            Step("bootstrap", (python, "-m", "services.bootstrap"), environment),
+            ProcessSpec("migrate", (python, "-m", "db.migrate"), running_environment),
+            ProcessSpec("bootstrap", (python, "-m", "services.bootstrap"), environment),
         ),
         late=(
             ProcessSpec(

@@ -28,7 +28,7 @@ class UnixUser:
 
 @dataclass(frozen=True)
 class ProcessSpec:
-    """A long-running process. Processes of one `stop_stage` are signalled together, lower stages first.
+    """A process that is kept running, or a step. Those of one stage are signalled together, lower first.
 
     `is_ready`: by default as soon as it runs. `prepare`: runs before every start. `stop_seconds`: after these
     the processes of a stage are killed. `death_signal`: sent by the kernel when the supervisor dies.

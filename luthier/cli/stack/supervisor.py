@@ -9,7 +9,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -94,16 +94,16 @@ class Supervisor:
             self._kept.append(kept)
             self._start_one(kept)
 
-    def run_step(self, name: str, command: tuple[str, ...], environment: Mapping[str, str]) -> None:
-        """Run a command to its end while supervising the processes.
+    def run_step(self, step: ProcessSpec) -> None:
+        """Run a process to its end while supervising the others.
 
         Raises:
             StackError: when it fails; holds the end of its log.
             Stopped: when a stop is requested.
         """
-        log_path = self._logs / f"{name}.log"
+        log_path = self._logs / f"{step.name}.log"
         rotate_log(log_path)
-        process = spawn(command, environment=environment, log_path=log_path)
+        process = spawn(step.command, environment=step.environment, log_path=log_path)
         try:
             while process.poll() is None:
                 self._tick()
@@ -113,7 +113,7 @@ class Supervisor:
                 process.wait()
         if process.returncode != 0:
             raise StackError(
-                f"{name} failed ({describe_exit(process.returncode)}); its log is {log_path}:\n"
+                f"{step.name} failed ({describe_exit(process.returncode)}); its log is {log_path}:\n"
                 f"{log_tail(log_path)}"
             )
 

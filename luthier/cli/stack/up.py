@@ -114,7 +114,7 @@ def _start(
     supervisor.wait_ready([spec.name for spec in servers])
     for step in plan.steps:
         say(f"Running {step.name}")
-        supervisor.run_step(step.name, step.command, step.environment)
+        supervisor.run_step(step)
     say("Starting " + ", ".join(spec.name for spec in (*plan.early, *plan.late)))
     supervisor.start(plan.late)
     supervisor.wait_ready()
@@ -139,7 +139,7 @@ def _fetch_base(supervisor: Supervisor, settings: Settings, environment: dict[st
     say(f"Fetching the base model {base_id} (once)")
     command = (sys.executable, "-m", "luthier.cli.main", "bases", "fetch", base_id)
     try:
-        supervisor.run_step("fetch", command, environment)
+        supervisor.run_step(ProcessSpec("fetch", command, environment))
     except StackError as error:
         say(f"Warning: {error}")
         say(f"Starting without it; try `luthier bases fetch {base_id}` later.")
