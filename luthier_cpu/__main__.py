@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from luthier_cpu import refusal
 from luthier_cpu.codegen import kernels
 from luthier_cpu.gemm.products import has_tiles
 from luthier_cpu.training.pair_attention import can_attend
@@ -13,8 +14,9 @@ from luthier_cpu.training.pair_attention import can_attend
 def main() -> int:
     """Call every kernel once in each type; return the exit code."""
     started_at = time.monotonic()
-    if not kernels.is_compiled(torch.empty(1)):
-        print("numba is not installed: training works by torch's operators, more slowly.")
+    reason = refusal("cpu")
+    if reason is not None:
+        print(f"{reason} Training works by torch's operators, more slowly.")
         return 0
     load_all()
     # What serving alone needs.
@@ -26,10 +28,9 @@ def main() -> int:
 
 
 def load_all() -> None:
-    """Have all kernels in this process, from the disk where they were compiled before, if numba is there."""
-    if kernels.is_compiled(torch.empty(1)):
-        for dtype in (torch.float32, torch.bfloat16):
-            _call_all(dtype)
+    """Have all kernels in this process, from the disk where they were compiled before."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _call_all(dtype)
 
 
 def _call_all(dtype: torch.dtype) -> None:
@@ -44,9 +45,6 @@ def _call_all(dtype: torch.dtype) -> None:
     kernels.split_heads_backward(
         *heads, *turning, scale=1.0, num_kv_heads=1, start=0, out_NE=torch.empty_like(x_ND)
     )
-    merged_NK = torch.empty_like(x_ND)
-    kernels.merge_heads(heads[0], 4, 1, merged_NK)
-    kernels.merge_heads_backward(merged_NK, 4, 1, 2, 8)
     weights_PQS = kernels.causal_softmax_(torch.zeros(2, 8, 4, dtype=dtype), 4, 0)
     kernels.causal_softmax_backward_(weights_PQS.clone(), weights_PQS, 4, 0)
     kernels.softmax_loss_(x_ND, torch.zeros(8, dtype=torch.int64), keeps_gradient=True)

@@ -4,8 +4,8 @@ from typing import Any
 
 from llvmlite import binding, ir
 
-from luthier_cpu.codegen.cpu_features import HAS_PAIRS
 from luthier_cpu.codegen.memory_access import (
+    HAS_PAIRS,
     I32,
     I64,
     LANES,

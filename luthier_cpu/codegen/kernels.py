@@ -1,10 +1,9 @@
-"""Element-wise work of the fast path, each operation one pass over memory where a compiled kernel runs.
+"""The compiled kernels by name, and the element-wise ones of training as functions of tensors.
 
-`registry.py` holds the kernels for a CPU, `reference_ops.py` the same functions in torch's operators, for
-every other device and for machines without numba. Tests hold the two equal. Nothing here is
-differentiable: the autograd functions of luthier_cpu/training call these.
+numba is imported when a kernel is first asked for. Nothing here is differentiable: the autograd functions of
+luthier_cpu/training call these.
 
-Legend: N tokens (rows times T), D inputs, K columns of a wide buffer whose first D (F) are meant, F the
+Legend: N tokens (rows times T), D inputs, K columns of a wide buffer of which the first D (F) are used, F the
 feed-forward's size, E columns of q, k and v side by side, P pairs of a row and a key head, Q queries of a
 pair (groups times T), S keys (start + T), C head size, V vocabulary.
 """
@@ -12,58 +11,65 @@ pair (groups times T), S keys (start + T), C head size, V vocabulary.
 import struct
 from collections.abc import Sequence
 from functools import cache
-from types import ModuleType
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 import torch
 
 from luthier_cpu.codegen.openmp import launch
-from luthier_cpu.training import reference_ops as _plain
+
+if TYPE_CHECKING:
+    from luthier_cpu.codegen.numba_kernel import Kernel
 
 _TYPES = {torch.float32, torch.bfloat16}
 _FLOAT32, _INT32 = struct.Struct("=f"), struct.Struct("=i")
-# Kernels of a decode step, which serving.py calls.
+# Kernels of a decode step (decode/ops.py).
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
-# What chooses tokens (choosing.py).
+# Those that choose tokens (decode/sampling.py).
 CHOOSING = ("find_best", "draw")
-# Those that work on weights in the layout of tiles, and what runs a step of them; for bfloat16 alone.
-TILED = (
-    "tile_product",
-    "add_low_rank_stretches",
-    "attend_stretches",
-    "run_program",
+# Those of weights in tiles, and the one that runs a step of kernels; for bfloat16 alone.
+TILED = ("tile_product", "add_low_rank_stretches", "attend_stretches", "run_program")
+_MODULES = (
+    "codegen.kernel_graph",
+    "decode.kernels.paged_attention",
+    "decode.kernels.prefill_attention",
+    "decode.kernels.prefill_lora",
+    "decode.kernels.sampling_kernels",
+    "decode.kernels.step_kernels",
+    "gemm.panel_kernels",
+    "gemm.panel_updates",
+    "gemm.product_kernels",
+    "training.elementwise_kernels",
+    "training.head_kernels",
+    "training.pair_attention_kernels",
 )
 
 
 @cache
-def _find_compiled() -> ModuleType | None:
-    """Return the compiled kernels, None where numba is not installed."""
-    try:
-        import numba  # noqa: F401
-    except ImportError:
-        return None
-    from luthier_cpu.codegen import registry as _compiled
+def _kernels() -> "dict[str, Kernel]":
+    """Return all kernels by name; only where numba is installed."""
+    from luthier_cpu.codegen.numba_kernel import KERNELS
 
-    return _compiled
+    for name in _MODULES:
+        import_module(f"luthier_cpu.{name}")
+    return KERNELS
 
 
 def is_compiled(tensor: torch.Tensor) -> bool:
-    """Whether work on such a tensor is done by compiled kernels."""
-    return tensor.device.type == "cpu" and tensor.dtype in _TYPES and _find_compiled() is not None
+    """Whether kernels work on tensors of this type and device."""
+    return tensor.device.type == "cpu" and tensor.dtype in _TYPES
 
 
-@cache
 def has_pairs() -> bool:
-    """Whether compiled kernels multiply pairs of bfloat16."""
-    if _find_compiled() is None:
-        return False
-    from luthier_cpu.codegen.cpu_features import HAS_PAIRS
+    """Whether kernels multiply pairs of bfloat16."""
+    from luthier_cpu.codegen.memory_access import HAS_PAIRS
 
     return HAS_PAIRS
 
 
 def compiled_address(name: str, dtype: torch.dtype) -> int:
     """Return the address of a kernel's machine code for numbers of a type; only where `is_compiled`."""
-    return int(getattr(_find_compiled(), name).address(is_bfloat16=dtype == torch.bfloat16))
+    return _kernels()[name].address(is_bfloat16=dtype == torch.bfloat16)
 
 
 def float_bits(value: float) -> int:
@@ -86,17 +92,16 @@ def _run(name: str, arguments: Sequence[torch.Tensor | int | float], *, like: to
         arguments: in the order of its table; tensors go as addresses, floats as the bits of a float32.
         like: a tensor of the type that it works on.
     """
+    _check_that(is_compiled(like), f"{name} reads float32 or bfloat16 on the CPU.")
     launch(compiled_address(name, like.dtype), [_as_number(one) for one in arguments])
 
 
-def _check(
-    name: str, device: torch.device, *expected: tuple[torch.Tensor, tuple[int, ...], torch.dtype]
-) -> None:
+def _check(name: str, *expected: tuple[torch.Tensor, tuple[int, ...], torch.dtype]) -> None:
     """Refuse tensors that are not what a kernel will read at their addresses."""
     for tensor, shape, dtype in expected:
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device.type != "cpu":
             raise ValueError(
-                f"{name} expects {dtype} of {shape} on {device}, got {tensor.dtype} of "
+                f"{name} expects {dtype} of {shape} on the CPU, got {tensor.dtype} of "
                 f"{tuple(tensor.shape)} on {tensor.device}."
             )
 
@@ -127,9 +132,7 @@ def rms_norm(
         out_NK in x's type, and inverse_N float32, 1 over the root.
     """
     out_NK = x_ND.new_empty(x_ND.shape[0], width)
-    if not is_compiled(x_ND):
-        return _plain.rms_norm(x_ND, weight_D, epsilon, out_NK)
-    _check("rms_norm", x_ND.device, (weight_D, (x_ND.shape[1],), x_ND.dtype))
+    _check("rms_norm", (weight_D, (x_ND.shape[1],), x_ND.dtype))
     _check_that(width >= x_ND.shape[1], "rms_norm: the result is narrower than its input.")
     inverse_N = torch.empty(x_ND.shape[0], dtype=torch.float32)
     sizes = (*x_ND.shape, width)
@@ -141,13 +144,10 @@ def rms_norm_backward(
     gradient_NK: torch.Tensor, x_ND: torch.Tensor, weight_D: torch.Tensor, inverse_N: torch.Tensor
 ) -> torch.Tensor:
     """Return the gradient of x_ND from that of `rms_norm`'s result, of which the first D columns count."""
-    if not is_compiled(x_ND):
-        return _plain.rms_norm_backward(gradient_NK, x_ND, weight_D, inverse_N)
     num_rows, size = x_ND.shape
     width = gradient_NK.shape[1]
     _check(
         "rms_norm_backward",
-        x_ND.device,
         (gradient_NK, (num_rows, width), x_ND.dtype),
         (weight_D, (size,), x_ND.dtype),
         (inverse_N, (num_rows,), torch.float32),
@@ -171,10 +171,7 @@ def gated_silu(gate_up_NF: torch.Tensor, width: int) -> torch.Tensor:
     size = gate_up_NF.shape[1] // 2
     _check_that(width >= size, "gated_silu: the result is narrower than the gate.")
     out_NK = gate_up_NF.new_empty(gate_up_NF.shape[0], width)
-    if is_compiled(gate_up_NF):
-        _run("gated_silu", [gate_up_NF.shape[0], size, width, gate_up_NF, out_NK], like=out_NK)
-    else:
-        _plain.gated_silu(gate_up_NF, out_NK, size)
+    _run("gated_silu", [gate_up_NF.shape[0], size, width, gate_up_NF, out_NK], like=out_NK)
     return out_NK
 
 
@@ -185,19 +182,11 @@ def gated_silu_backward(
     size = gate_up_NF.shape[1] // 2
     out_NF = torch.empty_like(gate_up_NF)
     hidden_NF = gate_up_NF.new_empty(gate_up_NF.shape[0], size)
-    if is_compiled(gate_up_NF):
-        width = gradient_NK.shape[1]
-        _check(
-            "gated_silu_backward",
-            gate_up_NF.device,
-            (gradient_NK, (gate_up_NF.shape[0], width), gate_up_NF.dtype),
-        )
-        _check_that(width >= size, "gated_silu_backward: the gradient is narrower than the gate.")
-        sizes = (gate_up_NF.shape[0], size, width)
-        tensors = (gate_up_NF, gradient_NK, out_NF, hidden_NF)
-        _run("gated_silu_backward", [*sizes, *tensors], like=out_NF)
-    else:
-        _plain.gated_silu_backward(gate_up_NF, gradient_NK, out_NF, hidden_NF, size)
+    num_rows, width = gate_up_NF.shape[0], gradient_NK.shape[1]
+    _check("gated_silu_backward", (gradient_NK, (num_rows, width), gate_up_NF.dtype))
+    _check_that(width >= size, "gated_silu_backward: the gradient is narrower than the gate.")
+    tensors = (gate_up_NF, gradient_NK, out_NF, hidden_NF)
+    _run("gated_silu_backward", [num_rows, size, width, *tensors], like=out_NF)
     return out_NF, hidden_NF
 
 
@@ -223,16 +212,13 @@ def split_heads(
     groups = qkv_NE.shape[1] // (2 * half) // num_kv_heads - 2
     shape = (num_pairs // num_kv_heads * num_tokens, (groups + 2) * num_kv_heads * 2 * half)
     turning = ((part, (num_tokens, half), torch.float32) for part in (cosine_TC, sine_TC))
-    _check("split_heads", qkv_NE.device, (qkv_NE, shape, qkv_NE.dtype), *turning)
+    _check("split_heads", (qkv_NE, shape, qkv_NE.dtype), *turning)
     query = qkv_NE.new_empty(num_pairs, groups * num_tokens, 2 * half)
     key = qkv_NE.new_empty(num_pairs, start + num_tokens, 2 * half)
     value = torch.empty_like(key)
-    if is_compiled(qkv_NE):
-        sizes = (num_pairs, num_kv_heads, groups, num_tokens, half, start)
-        tensors = (qkv_NE, cosine_TC, sine_TC, query, key, value)
-        _run("split_heads", [*sizes, float(scale), *tensors], like=query)
-    else:
-        _plain.split_heads(qkv_NE, cosine_TC, sine_TC, scale, query, key, value, start)
+    sizes = (num_pairs, num_kv_heads, groups, num_tokens, half, start)
+    tensors = (qkv_NE, cosine_TC, sine_TC, query, key, value)
+    _run("split_heads", [*sizes, float(scale), *tensors], like=query)
     return query, key, value
 
 
@@ -256,56 +242,14 @@ def split_heads_backward(
     turning = ((part, (num_tokens, size // 2), torch.float32) for part in (cosine_TC, sine_TC))
     _check(
         "split_heads_backward",
-        query.device,
         (query, (num_pairs, groups * num_tokens, size), query.dtype),
         (out_NE, (num_pairs // num_kv_heads * num_tokens, (groups + 2) * num_kv_heads * size), query.dtype),
         *keys,
         *turning,
     )
-    if is_compiled(query):
-        sizes = (num_pairs, num_kv_heads, groups, num_tokens, size // 2, start)
-        tensors = (out_NE, cosine_TC, sine_TC, query, key, value)
-        _run("split_heads_backward", [*sizes, float(scale), *tensors], like=query)
-    else:
-        _plain.split_heads_backward(query, key, value, cosine_TC, sine_TC, scale, out_NE, start)
-
-
-def merge_heads(attended_PQC: torch.Tensor, num_tokens: int, num_kv_heads: int, out_NK: torch.Tensor) -> None:
-    """Write the heads' results as rows of tokens.
-
-    Args:
-        out_NK: of the same type; columns beyond the heads' are not written.
-    """
-    num_pairs, num_queries, size = attended_PQC.shape
-    is_whole = num_queries % num_tokens == 0 and num_pairs % num_kv_heads == 0
-    num_heads = num_queries // num_tokens * num_kv_heads
-    width = out_NK.shape[1]
-    _check_that(is_whole and width >= num_heads * size, "merge_heads: the sizes don't fit each other.")
-    shape = (num_pairs // num_kv_heads * num_tokens, width)
-    _check("merge_heads", attended_PQC.device, (out_NK, shape, attended_PQC.dtype))
-    if is_compiled(attended_PQC):
-        sizes = (num_pairs, num_kv_heads, num_queries // num_tokens, num_tokens, size, width)
-        _run("merge_heads", [*sizes, attended_PQC, out_NK], like=out_NK)
-    else:
-        _plain.merge_heads(attended_PQC, out_NK, num_tokens)
-
-
-def merge_heads_backward(
-    gradient_NK: torch.Tensor, num_tokens: int, num_kv_heads: int, num_heads: int, head_size: int
-) -> torch.Tensor:
-    """Return the gradient of attended_PQC from that of the rows of tokens."""
-    num_pairs = gradient_NK.shape[0] // num_tokens * num_kv_heads
-    groups = num_heads // num_kv_heads
-    is_whole = gradient_NK.shape[0] % num_tokens == 0 and groups * num_kv_heads == num_heads
-    is_wide = gradient_NK.shape[1] >= num_heads * head_size
-    _check_that(is_whole and is_wide, "merge_heads_backward: the sizes don't fit each other.")
-    out_PQC = gradient_NK.new_empty(num_pairs, groups * num_tokens, head_size)
-    if is_compiled(gradient_NK):
-        sizes = (num_pairs, num_kv_heads, groups, num_tokens, head_size, gradient_NK.shape[1])
-        _run("merge_heads_backward", [*sizes, out_PQC, gradient_NK], like=out_PQC)
-    else:
-        _plain.merge_heads_backward(gradient_NK, out_PQC, num_tokens)
-    return out_PQC
+    sizes = (num_pairs, num_kv_heads, groups, num_tokens, size // 2, start)
+    tensors = (out_NE, cosine_TC, sine_TC, query, key, value)
+    _run("split_heads_backward", [*sizes, float(scale), *tensors], like=query)
 
 
 def causal_softmax_(scores_PQS: torch.Tensor, num_tokens: int, start: int) -> torch.Tensor:
@@ -322,12 +266,9 @@ def causal_softmax_(scores_PQS: torch.Tensor, num_tokens: int, start: int) -> to
     """
     fits = scores_PQS.shape[1] % num_tokens == 0 and scores_PQS.shape[2] >= start + num_tokens
     _check_that(fits, "causal_softmax_: the scores have too few keys, or parts of tokens.")
-    if is_compiled(scores_PQS):
-        num_keys = scores_PQS.shape[2]
-        sizes = (scores_PQS.numel() // num_keys, num_keys, num_tokens, start)
-        _run("causal_softmax", [*sizes, scores_PQS], like=scores_PQS)
-    else:
-        _plain.causal_softmax(scores_PQS, num_tokens, start)
+    num_keys = scores_PQS.shape[2]
+    sizes = (scores_PQS.numel() // num_keys, num_keys, num_tokens, start)
+    _run("causal_softmax", [*sizes, scores_PQS], like=scores_PQS)
     return scores_PQS
 
 
@@ -337,17 +278,10 @@ def causal_softmax_backward_(
     """Turn the gradient of the weights into that of the scores, in place, and return it."""
     fits = weights_PQS.shape[1] % num_tokens == 0 and weights_PQS.shape[2] >= start + num_tokens
     _check_that(fits, "causal_softmax_backward_: the weights have too few keys, or parts of tokens.")
-    if is_compiled(weights_PQS):
-        _check(
-            "causal_softmax_backward_",
-            weights_PQS.device,
-            (gradient_PQS, tuple(weights_PQS.shape), weights_PQS.dtype),
-        )
-        num_keys = weights_PQS.shape[2]
-        sizes = (weights_PQS.numel() // num_keys, num_keys, num_tokens, start)
-        _run("causal_softmax_backward", [*sizes, weights_PQS, gradient_PQS], like=weights_PQS)
-    else:
-        _plain.causal_softmax_backward(gradient_PQS, weights_PQS)
+    _check("causal_softmax_backward_", (gradient_PQS, tuple(weights_PQS.shape), weights_PQS.dtype))
+    num_keys = weights_PQS.shape[2]
+    sizes = (weights_PQS.numel() // num_keys, num_keys, num_tokens, start)
+    _run("causal_softmax_backward", [*sizes, weights_PQS, gradient_PQS], like=weights_PQS)
     return gradient_PQS
 
 
@@ -364,9 +298,7 @@ def softmax_loss_(
     Returns:
         nll_N float32, and is_right_N bool: whether the target is the likeliest, of equals the first.
     """
-    if not is_compiled(logits_NV):
-        return _plain.softmax_loss(logits_NV, targets_N, keeps_gradient)
-    _check("softmax_loss_", logits_NV.device, (targets_N, (logits_NV.shape[0],), torch.int64))
+    _check("softmax_loss_", (targets_N, (logits_NV.shape[0],), torch.int64))
     if targets_N.numel():
         lowest, highest = (int(bound) for bound in torch.aminmax(targets_N))
         _check_that(lowest >= 0 and highest < logits_NV.shape[1], "softmax_loss_: a target is no token.")

@@ -1,4 +1,4 @@
-"""LLVM's vectors of 16 float32 over float32 or bfloat16 memory, and loops over them.
+"""LLVM's vectors of 16 float32 over float32 or bfloat16 memory, loops over them, and processor features.
 
 The compiler's own vectors stop at a conversion of bits in the middle of a sum. All addresses are int64 and
 `like` is a kernel's typed pointer, which says what the rows hold.
@@ -9,15 +9,31 @@ The compiler's own vectors stop at a conversion of bits in the middle of a sum. 
 from collections.abc import Callable
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import overload
-
-from luthier_cpu.codegen.cpu_features import HAS_PAIRS
 
 I64, I32, I16, F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 LANES = 16
 VECTOR, WIDE_BITS, HALVES = (ir.VectorType(kind, LANES) for kind in (F32, I32, I16))
+
+
+def has_feature(name: str) -> bool:
+    """Whether kernels are compiled for a processor with a feature, by LLVM's name for it.
+
+    Not whether the processor has it: `NUMBA_CPU_FEATURES` may leave it out, and the compiler would crash.
+    """
+    asked = numba.config.CPU_FEATURES
+    features: str = get_host_cpu_features() if asked is None else asked
+    return f"+{name}" in features.split(",")
+
+
+# Whether there are products of bfloat16 pairs, and an instruction that rounds 16 numbers to bfloat16.
+HAS_PAIRS = has_feature("avx512bf16")
+# Whether there is a matrix unit (Intel AMX), which oneDNN's products use.
+HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")
 
 
 class BFloat16(ir.Type):

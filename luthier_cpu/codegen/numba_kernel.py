@@ -45,13 +45,13 @@ _I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.Floa
 
 
 def _keep_code() -> None:
-    """Let numba keep machine code in a folder named after the kernels' source.
+    """Let numba keep machine code in a folder named after the package's source.
 
-    Left alone it looks at one file only: code that was made with an older version of what that file imports
-    would go on being used.
+    By itself it compares a kernel's own file only: code that was compiled with an older version of what that
+    file imports would still be used.
     """
-    folder = Path(__file__).parent
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py"))))
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py"))))
     root = numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME")
     if not root:
         try:
@@ -76,11 +76,14 @@ def _compile(body: Callable[..., None], signature: Any) -> Any:
 _keep_code()
 
 
+KERNELS: "dict[str, Kernel]" = {}
+
+
 class Kernel:
-    """One kernel, compiled for each type when it is first wanted."""
+    """One kernel, compiled for each type when it is first wanted; decorates its body."""
 
     def __init__(self, body: Callable[..., None]) -> None:
-        self.name = body.__name__
+        KERNELS[body.__name__] = self
         self._body = body
         self._addresses: dict[bool, int] = {}
         self._kept: list[Any] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from luthier_cpu.decode.sampling import can_draw, draw, find_best
+from luthier_cpu.decode.sampling import draw, find_best
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,7 @@ class Logits:
         top_p: Sequence[float],
         points: Sequence[float],
     ) -> list[int | None]:
-        """Draw a token of each of some finite rows; all None where no kernel does it."""
-        if not can_draw(self.held_RV):
-            return [None] * len(rows)
+        """Draw a token of each of some finite rows; None where its nucleus is too wide for the kernel."""
         best = [self.best[row] for row in rows]
         return draw(self.held_RV, rows, best, temperatures=temperatures, top_p=top_p, points=points)
 

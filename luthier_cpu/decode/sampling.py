@@ -25,34 +25,24 @@ def find_best(logits_RV: torch.Tensor, out_R: torch.Tensor) -> torch.Tensor:
     """Write the likeliest token of each row, of equals the first, and `UNSOUND` where there is none.
 
     Args:
-        out_R: int64, contiguous, on the same device.
+        out_R: int64, contiguous.
 
     Raises:
         ValueError: when the result does not fit.
     """
     num_rows, size = logits_RV.shape
-    is_like = out_R.shape == (num_rows,) and out_R.dtype == torch.int64
+    is_like = out_R.shape == (num_rows,) and out_R.dtype == torch.int64 and kernels.is_compiled(logits_RV)
     if not (is_like and logits_RV.is_contiguous() and out_R.is_contiguous()):
         raise ValueError("The likeliest tokens are int64, one a row of whole contiguous logits.")
-    if kernels.is_compiled(logits_RV) and out_R.device == logits_RV.device:
-        address = kernels.compiled_address("find_best", logits_RV.dtype)
-        launch(address, (num_rows, size, logits_RV.data_ptr(), out_R.data_ptr()))
-        return out_R
-    largest_R, ids_R = logits_RV.max(dim=-1)
-    # A NaN anywhere in a row is its maximum.
-    return out_R.copy_(ids_R.masked_fill(~torch.isfinite(largest_R), UNSOUND))
+    address = kernels.compiled_address("find_best", logits_RV.dtype)
+    launch(address, (num_rows, size, logits_RV.data_ptr(), out_R.data_ptr()))
+    return out_R
 
 
 def prepare_choices(dtype: torch.dtype) -> None:
     """Have the kernels for logits of a type on the CPU, compiled now where the disk has none."""
-    if kernels.is_compiled(torch.empty(0, dtype=dtype)):
-        for name in kernels.CHOOSING:
-            kernels.compiled_address(name, dtype)
-
-
-def can_draw(logits_RV: torch.Tensor) -> bool:
-    """Whether `draw` works on such logits."""
-    return kernels.is_compiled(logits_RV) and logits_RV.is_contiguous()
+    for name in kernels.CHOOSING:
+        kernels.compiled_address(name, dtype)
 
 
 def draw(
@@ -85,7 +75,8 @@ def draw(
     num_rows, size = logits_RV.shape
     are_there = all(0 <= row < num_rows for row in rows) and all(0 <= token < size for token in best)
     are_alike = len(rows) == len(best) == len(temperatures) == len(top_p) == len(points)
-    if not (can_draw(logits_RV) and are_there and are_alike):
+    is_readable = kernels.is_compiled(logits_RV) and logits_RV.is_contiguous()
+    if not (is_readable and are_there and are_alike):
         raise ValueError("Tokens are drawn of rows of whole contiguous logits on the CPU.")
     rows_M, best_M = torch.tensor(rows, dtype=torch.int64), torch.tensor(best, dtype=torch.int64)
     inverse_M = torch.tensor([1.0 / one for one in temperatures], dtype=torch.float32)

@@ -272,9 +272,7 @@ def _can_read(part: Part, num_inputs: int) -> bool:
 @cache
 def _may_multiply() -> bool:
     """Whether the kernels' processor has products of pairs, and no matrix unit."""
-    if not kernels.is_compiled(torch.empty(1)):
-        return False
-    from luthier_cpu.codegen.cpu_features import HAS_PAIRS, HAS_UNIT
+    from luthier_cpu.codegen.memory_access import HAS_PAIRS, HAS_UNIT
 
     return HAS_PAIRS and not HAS_UNIT
 

@@ -132,18 +132,17 @@ def _attend_segment(
         for whole, first in zip((key, value), before, strict=True):
             by_row = whole.view(-1, heads.num_kv_heads, *whole.shape[1:])
             by_row[:, :, :start] = first.to(whole.dtype)
-    if _goes_by_pairs(query, num_tokens):
-        attended, weights = pair_attention.attend(query, key, value, num_tokens, start)
-        kernels.merge_heads(attended, num_tokens, heads.num_kv_heads, out_NK[segment.tokens])
-        return [query, key, value, weights]
     kept: list[torch.Tensor] = []
-    attended = torch.empty_like(query)
-    for block in _blocks(num_tokens):
-        weights = _weights(query, key, num_tokens, block, start)
-        _put(attended, torch.bmm(weights, value[:, : start + block.stop]), num_tokens, block)
-        if num_tokens <= _MAX_KEPT_TOKENS:
-            kept.append(weights)
-    kernels.merge_heads(attended, num_tokens, heads.num_kv_heads, out_NK[segment.tokens])
+    if _goes_by_pairs(query, num_tokens):
+        attended, *kept = pair_attention.attend(query, key, value, num_tokens, start)
+    else:
+        attended = torch.empty_like(query)
+        for block in _blocks(num_tokens):
+            weights = _weights(query, key, num_tokens, block, start)
+            _put(attended, torch.bmm(weights, value[:, : start + block.stop]), num_tokens, block)
+            if num_tokens <= _MAX_KEPT_TOKENS:
+                kept.append(weights)
+    _rows_by_head(out_NK[segment.tokens], heads, num_tokens).copy_(_by_head(attended, heads, num_tokens))
     return [query, key, value, *kept]
 
 
@@ -168,9 +167,9 @@ def _attend_segment_backward(
     query, key, value, *kept = saved
     num_tokens, start = segment.num_tokens, segment.start
     to_before: list[torch.Tensor] = []
-    gradient_PQC = kernels.merge_heads_backward(
-        gradient_NK[segment.tokens], num_tokens, heads.num_kv_heads, heads.num_heads, heads.size
-    )
+    gradient_PQC = torch.empty_like(query)
+    rows_NK = gradient_NK[segment.tokens]
+    _by_head(gradient_PQC, heads, num_tokens).copy_(_rows_by_head(rows_NK, heads, num_tokens))
     if _goes_by_pairs(query, num_tokens):
         to_query, to_key, to_value = pair_attention.attend_backward(
             gradient_PQC, query, key, value, kept[0], num_tokens, start
@@ -196,6 +195,17 @@ def _attend_segment_backward(
         out_NE=to_qkv_NE[segment.tokens],
     )
     return to_before
+
+
+def _by_head(whole_PQC: torch.Tensor, heads: Heads, num_tokens: int) -> torch.Tensor:
+    """Return a view [rows, key heads, groups, T, C] of what belongs to queries."""
+    return whole_PQC.view(-1, heads.num_kv_heads, whole_PQC.shape[1] // num_tokens, num_tokens, heads.size)
+
+
+def _rows_by_head(rows_NK: torch.Tensor, heads: Heads, num_tokens: int) -> torch.Tensor:
+    """Return a view of the same order of the first columns of rows of tokens."""
+    columns = rows_NK[:, : heads.num_heads * heads.size].unflatten(0, (-1, num_tokens))
+    return columns.unflatten(2, (heads.num_kv_heads, -1, heads.size)).permute(0, 2, 3, 1, 4)
 
 
 def _goes_by_pairs(query_PQC: torch.Tensor, num_tokens: int) -> bool:

@@ -58,37 +58,3 @@ def split_heads_backward(data):
             target = token + (num_heads + head) * head_bytes
             turn_row_back(key + place, target, cosines, sines, half, 1.0, data)
             copy_row(value + place, target + num_kv_heads * head_bytes, size, data)
-
-
-@Kernel
-def merge_heads(data):
-    """Write [pairs, groups * T, C] as rows of tokens into the first columns of out."""
-    table = open_table(data)
-    num_pairs, num_kv_heads, groups, num_tokens, size = table[2], table[3], table[4], table[5], table[6]
-    width, attended, out = table[7], table[8], table[9]
-    bytes_each = item_size(data)
-    begin_pair, end_pair = share(table, num_pairs)
-    for pair in range(begin_pair, end_pair):
-        row, head = pair // num_kv_heads, pair % num_kv_heads
-        for group in range(groups):
-            for t in range(num_tokens):
-                place = (row * num_tokens + t) * width + (head * groups + group) * size
-                source = attended + ((pair * groups + group) * num_tokens + t) * size * bytes_each
-                copy_row(source, out + place * bytes_each, size, data)
-
-
-@Kernel
-def merge_heads_backward(data):
-    """Write the gradient of [pairs, groups * T, C] from that of the rows of tokens."""
-    table = open_table(data)
-    num_pairs, num_kv_heads, groups, num_tokens, size = table[2], table[3], table[4], table[5], table[6]
-    width, out, gradient = table[7], table[8], table[9]
-    bytes_each = item_size(data)
-    begin_pair, end_pair = share(table, num_pairs)
-    for pair in range(begin_pair, end_pair):
-        row, head = pair // num_kv_heads, pair % num_kv_heads
-        for group in range(groups):
-            for t in range(num_tokens):
-                place = (row * num_tokens + t) * width + (head * groups + group) * size
-                target = out + ((pair * groups + group) * num_tokens + t) * size * bytes_each
-                copy_row(gradient + place * bytes_each, target, size, data)

@@ -19,7 +19,7 @@ from luthier_cpu.decode.batch_layout import (
     turn,
 )
 from luthier_cpu.decode.ops import attend_at_once
-from luthier_cpu.training import reference_ops as _plain
+from tests.luthier_cpu import reference_kernels
 
 
 class PlainOps:
@@ -44,7 +44,7 @@ class PlainOps:
         """Add the change to the stream, and write the normed and weighted sum."""
         if change_ND is not None:
             stream_ND += change_ND
-        _plain.rms_norm(stream_ND, weight_D, self._shape.epsilon, out_ND)
+        out_ND.copy_(reference_kernels.rms_norm(stream_ND, weight_D, self._shape.epsilon, out_ND.shape[1])[0])
 
     def attend(
         self, qkv_NE: torch.Tensor, tokens: TokenRows, pages: Pages, layer: int, out_NK: torch.Tensor
@@ -79,7 +79,7 @@ class PlainOps:
 
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
-        _plain.gated_silu(gate_up_NF, out_NF, out_NF.shape[1])
+        out_NF.copy_(reference_kernels.gated_silu(gate_up_NF, out_NF.shape[1]))
 
     def add_low_rank(
         self,

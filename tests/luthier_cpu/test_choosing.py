@@ -5,21 +5,10 @@ import math
 import pytest
 import torch
 
-from luthier_cpu.codegen import kernels
 from luthier_cpu.decode.logits import Logits
 from luthier_cpu.decode.sampling import BLOCK, UNSOUND, draw, find_best
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "plain":
-        monkeypatch.setattr(kernels, "is_compiled", lambda _: False)
-    elif not kernels.is_compiled(torch.empty(1)):
-        pytest.skip("numba is not installed")
-    return str(request.param)
-
-
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 1000, 49152])
 def test_the_largest_number_of_each_row_is_found(size: int, dtype: torch.dtype) -> None:
@@ -33,7 +22,6 @@ def test_the_largest_number_of_each_row_is_found(size: int, dtype: torch.dtype) 
     ]
 
 
-@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("place", [0, 7, 15, 16, 33, 36])
 def test_a_row_without_a_finite_largest_number_has_none(place: int, dtype: torch.dtype) -> None:
@@ -48,14 +36,12 @@ def test_a_row_without_a_finite_largest_number_has_none(place: int, dtype: torch
     assert Logits.of(logits_RV).best == [UNSOUND, UNSOUND, 5, UNSOUND, UNSOUND, place]
 
 
-@pytest.mark.usefixtures("way")
 def test_a_part_of_wider_rows_is_read_as_it_is() -> None:
     wide_RV = torch.arange(24.0).view(2, 12)
     assert Logits.of(wide_RV[:, :5]).best == [4, 4]
     assert Logits.of(wide_RV[:0]).best == []
 
 
-@pytest.mark.usefixtures("way")
 def test_a_result_that_does_not_fit_is_refused() -> None:
     logits_RV = torch.zeros(2, 8)
     for out_R in (torch.zeros(3, dtype=torch.int64), torch.zeros(2), torch.zeros(4, dtype=torch.int64)[::2]):
@@ -63,9 +49,6 @@ def test_a_result_that_does_not_fit_is_refused() -> None:
             find_best(logits_RV, out_R)
     with pytest.raises(ValueError, match="likeliest"):
         find_best(logits_RV[:, ::2], torch.zeros(2, dtype=torch.int64))
-
-
-needs_kernels = pytest.mark.skipif(not kernels.is_compiled(torch.empty(1)), reason="numba is not installed")
 
 
 def draw_all(
@@ -77,7 +60,6 @@ def draw_all(
     return [draw(logits_RV, rows, best, **fixed, points=[point] * len(rows)) for point in points]
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 15, 16, BLOCK - 1, BLOCK, BLOCK + 17, 5000])
 def test_a_token_is_drawn_at_the_point_of_the_mass_before_it(size: int, dtype: torch.dtype) -> None:
@@ -92,7 +74,6 @@ def test_a_token_is_drawn_at_the_point_of_the_mass_before_it(size: int, dtype: t
                 assert begin - 1e-6 <= point <= float(ends_RV[row, token_id]) + 1e-6
 
 
-@needs_kernels
 def test_what_can_not_come_is_not_drawn() -> None:
     logits_RV = torch.full((3, 2 * BLOCK + 3), -math.inf)
     logits_RV[0, 300] = logits_RV[1, 0] = logits_RV[2, -1] = 1.5
@@ -102,7 +83,6 @@ def test_what_can_not_come_is_not_drawn() -> None:
     assert {drawn[0] for drawn in draw_all(logits_RV, 1.0, [0.0, 0.49, 0.51, 0.99])} == {10, 300}
 
 
-@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1, 16, BLOCK + 17, 5000])
 def test_a_nucleus_holds_the_fewest_likeliest_that_reach_its_mass(size: int, dtype: torch.dtype) -> None:
@@ -124,7 +104,6 @@ def test_a_nucleus_holds_the_fewest_likeliest_that_reach_its_mass(size: int, dty
                 assert begin - slack <= point * kept <= end + slack
 
 
-@needs_kernels
 def test_a_nucleus_too_wide_for_a_quick_look_is_left_to_a_slow_one() -> None:
     flat_RV = torch.zeros(2, 20_000)
     flat_RV[1, 5] = 20.0
@@ -135,7 +114,6 @@ def test_a_nucleus_too_wide_for_a_quick_look_is_left_to_a_slow_one() -> None:
     assert draw_all(spread_RV, 1.0, [0.5], top_p=0.99) == [[None]]
 
 
-@needs_kernels
 def test_a_row_is_drawn_the_same_alone_and_on_any_number_of_threads() -> None:
     logits_RV = torch.randn(9, 3000, generator=torch.Generator().manual_seed(1)).bfloat16()
     best, points = Logits.of(logits_RV).best, torch.rand(9).tolist()
@@ -161,7 +139,6 @@ def test_a_row_is_drawn_the_same_alone_and_on_any_number_of_threads() -> None:
     assert found[0] == found[1] == found[2] == alone[::-1]
 
 
-@needs_kernels
 def test_what_is_no_row_or_no_token_is_refused() -> None:
     logits_RV = torch.zeros(2, 8)
     for rows, best in (([2], [0]), ([-1], [0]), ([0], [8]), ([0], [UNSOUND]), ([0, 1], [0])):

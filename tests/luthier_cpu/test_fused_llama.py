@@ -11,7 +11,6 @@ from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, Start, Workload
 from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.load import load_base
-from luthier_cpu.codegen import kernels
 from luthier_cpu.gemm.panel_products import has_panels
 from luthier_cpu.training import attention as fused_attention
 from luthier_cpu.training.linear import PanelLinear, WideLinear
@@ -30,12 +29,6 @@ METHODS: list[dict[str, Any]] = [
     {"type": "adapter", "bottleneck_dim": 8, "placement": "pfeiffer", "activation": "tanh"},
     {"type": "full"},
 ]
-
-
-@pytest.fixture(params=[True, False], ids=["compiled", "plain-kernels"])
-def _either_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not request.param:
-        monkeypatch.setattr(kernels, "is_compiled", lambda _tensor: False)
 
 
 def attach(base: Path, dtype: torch.dtype = torch.float32, **tuning: Any) -> tuple[Method, Attached]:
@@ -79,7 +72,6 @@ def assert_equal(attached: Attached, expected: torch.Tensor, found: torch.Tensor
 TOKENS = torch.randint(3, 300, (3, 21), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.usefixtures("_either_kernels")
 @pytest.mark.parametrize("tuning", METHODS, ids=str)
 @pytest.mark.parametrize("block_tokens", [256, 8])
 def test_hidden_states_and_gradients_equal_the_plain_path(
@@ -92,7 +84,6 @@ def test_hidden_states_and_gradients_equal_the_plain_path(
     assert_equal(attached, expected, fused(method, attached).hidden_states(TOKENS))
 
 
-@pytest.mark.usefixtures("_either_kernels")
 @pytest.mark.parametrize("tuning", METHODS, ids=str)
 @pytest.mark.parametrize("block_tokens", [256, 8])
 def test_tokens_that_all_rows_begin_with_give_the_same_once_as_in_every_row(
@@ -109,7 +100,6 @@ def test_tokens_that_all_rows_begin_with_give_the_same_once_as_in_every_row(
     assert_equal(attached, expected.flatten(0, 1), found)
 
 
-@pytest.mark.usefixtures("_either_kernels")
 @pytest.mark.parametrize("tuning", METHODS, ids=str)
 @pytest.mark.parametrize("num_shared", [0, 9])
 def test_tokens_that_are_wanted_are_the_same_alone(
@@ -162,7 +152,6 @@ def test_it_trains_exactly_the_methods_parameters(base: Path) -> None:
     assert reached == {id(parameter) for _, parameter in attached.named_trained_parameters()}
 
 
-@pytest.mark.usefixtures("_either_kernels")
 @pytest.mark.parametrize("kind", ["lora", "prefix", "prompt", "full"])
 def test_in_bfloat16_it_is_no_farther_from_float32_than_the_plain_path(base: Path, kind: str) -> None:
     method, exact = attach(base, type=kind)

@@ -12,6 +12,7 @@ import torch
 
 from luthier_cpu.codegen import kernels
 from luthier_cpu.codegen import openmp as _threads
+from tests.luthier_cpu import reference_kernels
 
 NUM_ROWS, NUM_TOKENS, NUM_KV_HEADS, GROUPS, HEAD_SIZE = 3, 7, 2, 3, 8
 N = NUM_ROWS * NUM_TOKENS
@@ -37,26 +38,19 @@ def turning() -> list[torch.Tensor]:
     return [angles.cos(), angles.sin()]
 
 
-def split(dtype: torch.dtype) -> Any:
+def split(ops: Any, dtype: torch.dtype) -> Any:
     qkv = draw(N, (GROUPS + 2) * NUM_KV_HEADS * HEAD_SIZE, dtype=dtype)
-    return kernels.split_heads(qkv, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=0)
+    return ops.split_heads(qkv, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=0)
 
 
-def split_backward(dtype: torch.dtype) -> torch.Tensor:
+def split_backward(ops: Any, dtype: torch.dtype) -> torch.Tensor:
     pairs = NUM_ROWS * NUM_KV_HEADS
     query = draw(pairs, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype)
     key, value = (draw(pairs, 2 + NUM_TOKENS, HEAD_SIZE, dtype=dtype) for _ in range(2))
     out = torch.empty(N, (GROUPS + 2) * NUM_KV_HEADS * HEAD_SIZE, dtype=dtype)
-    kernels.split_heads_backward(
+    ops.split_heads_backward(
         query, key, value, *turning(), scale=0.5, num_kv_heads=NUM_KV_HEADS, start=2, out_NE=out
     )
-    return out
-
-
-def merge(dtype: torch.dtype) -> torch.Tensor:
-    attended = draw(NUM_ROWS * NUM_KV_HEADS, GROUPS * NUM_TOKENS, HEAD_SIZE, dtype=dtype)
-    out = torch.empty(N, 64, dtype=dtype)
-    kernels.merge_heads(attended, NUM_TOKENS, NUM_KV_HEADS, out)
     return out
 
 
@@ -64,13 +58,13 @@ def scores(dtype: torch.dtype) -> torch.Tensor:
     return draw(NUM_ROWS * NUM_KV_HEADS, GROUPS * NUM_TOKENS, 2 + NUM_TOKENS, dtype=dtype, scale=3.0)
 
 
-CASES: dict[str, tuple[Callable[[torch.dtype], Any], int | None]] = {
+CASES: dict[str, tuple[Callable[[Any, torch.dtype], Any], int | None]] = {
     "rms_norm": (
-        lambda dtype: kernels.rms_norm(draw(N, 48, dtype=dtype), draw(48, dtype=dtype), 1e-5, 64),
+        lambda ops, dtype: ops.rms_norm(draw(N, 48, dtype=dtype), draw(48, dtype=dtype), 1e-5, 64),
         48,
     ),
     "rms_norm_backward": (
-        lambda dtype: kernels.rms_norm_backward(
+        lambda ops, dtype: ops.rms_norm_backward(
             draw(N, 64, dtype=dtype),
             draw(N, 48, dtype=dtype),
             draw(48, dtype=dtype),
@@ -78,31 +72,24 @@ CASES: dict[str, tuple[Callable[[torch.dtype], Any], int | None]] = {
         ),
         None,
     ),
-    "gated_silu": (lambda dtype: kernels.gated_silu(draw(N, 96, dtype=dtype, scale=20.0), 64), 48),
+    "gated_silu": (lambda ops, dtype: ops.gated_silu(draw(N, 96, dtype=dtype, scale=20.0), 64), 48),
     "gated_silu_backward": (
-        lambda dtype: kernels.gated_silu_backward(
+        lambda ops, dtype: ops.gated_silu_backward(
             draw(N, 96, dtype=dtype, scale=20.0), draw(N, 64, dtype=dtype)
         ),
         None,
     ),
     "split_heads": (split, None),
     "split_heads_backward": (split_backward, None),
-    "merge_heads": (merge, NUM_KV_HEADS * GROUPS * HEAD_SIZE),
-    "merge_heads_backward": (
-        lambda dtype: kernels.merge_heads_backward(
-            draw(N, 64, dtype=dtype), NUM_TOKENS, NUM_KV_HEADS, NUM_KV_HEADS * GROUPS, HEAD_SIZE
-        ),
-        None,
-    ),
-    "causal_softmax": (lambda dtype: kernels.causal_softmax_(scores(dtype), NUM_TOKENS, 2), None),
+    "causal_softmax": (lambda ops, dtype: ops.causal_softmax_(scores(dtype), NUM_TOKENS, 2), None),
     "causal_softmax_backward": (
-        lambda dtype: kernels.causal_softmax_backward_(
-            scores(dtype), kernels.causal_softmax_(scores(dtype), NUM_TOKENS, 2), NUM_TOKENS, 2
+        lambda ops, dtype: ops.causal_softmax_backward_(
+            scores(dtype), ops.causal_softmax_(scores(dtype), NUM_TOKENS, 2), NUM_TOKENS, 2
         ),
         None,
     ),
     "softmax_loss": (
-        lambda dtype: kernels.softmax_loss_(
+        lambda ops, dtype: ops.softmax_loss_(
             draw(N, 300, dtype=dtype, scale=4.0), torch.arange(N) * 13, keeps_gradient=True
         ),
         None,
@@ -112,14 +99,9 @@ CASES: dict[str, tuple[Callable[[torch.dtype], Any], int | None]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_a_compiled_kernel_equals_the_plain_operators(
-    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_kernel_equals_the_plain_operators(name: str, dtype: torch.dtype) -> None:
     run, num_columns = CASES[name]
-    assert kernels.is_compiled(draw(1, dtype=dtype))
-    found = meant(flat(run(dtype)), num_columns)
-    monkeypatch.setattr(kernels, "is_compiled", lambda _tensor: False)
-    expected = meant(flat(run(dtype)), num_columns)
+    found, expected = (meant(flat(run(ops, dtype)), num_columns) for ops in (kernels, reference_kernels))
     assert [t.dtype for t in found] == [t.dtype for t in expected]
     for one, other in zip(found, expected, strict=True):
         gap = (one.float() - other.float()).abs().max()
@@ -142,7 +124,7 @@ def assert_untouched(around: torch.Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_keys", [1, 9, 15, 16, 17, 33, 50, 96])
 def test_rows_of_scores_of_any_length_become_weights_and_nothing_else_is_written(
-    num_keys: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    num_keys: int, dtype: torch.dtype
 ) -> None:
     for start in sorted({0, num_keys // 2, num_keys - 1}):
         num_tokens = num_keys - start
@@ -152,10 +134,8 @@ def test_rows_of_scores_of_any_length_become_weights_and_nothing_else_is_written
         kernels.causal_softmax_(found, num_tokens, start)
         changed, around_changed = inside(gradient)
         kernels.causal_softmax_backward_(changed, found, num_tokens, start)
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "is_compiled", lambda _tensor: False)
-            weights = kernels.causal_softmax_(given.clone(), num_tokens, start)
-            expected = kernels.causal_softmax_backward_(gradient.clone(), weights, num_tokens, start)
+        weights = reference_kernels.causal_softmax_(given.clone(), num_tokens, start)
+        expected = reference_kernels.causal_softmax_backward_(gradient.clone(), weights, num_tokens, start)
         assert (found - weights).abs().max() <= TOLERANCES[dtype]
         assert (changed - expected).abs().max() <= 4 * TOLERANCES[dtype]
         assert_untouched(around)
@@ -183,41 +163,28 @@ def test_a_score_that_is_no_number_stays_visible_in_its_row_alone(place: int, wr
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("half", [4, 16, 20, 33])
-def test_heads_of_any_size_are_parted_turned_and_merged(
-    half: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_of_any_size_are_split_and_turned(half: int, dtype: torch.dtype) -> None:
     angles = torch.arange(NUM_TOKENS)[:, None] / 10 ** (torch.arange(half) / half)
     turns = [angles.cos(), angles.sin()]
     columns = (GROUPS + 2) * NUM_KV_HEADS * 2 * half
     qkv = draw(N, columns, dtype=dtype)
+    sizes = {"scale": 0.5, "num_kv_heads": NUM_KV_HEADS, "start": 3}
 
-    def run() -> list[torch.Tensor]:
-        query, key, value = kernels.split_heads(qkv, *turns, scale=0.5, num_kv_heads=NUM_KV_HEADS, start=3)
+    def run(ops: Any) -> list[torch.Tensor]:
+        query, key, value = ops.split_heads(qkv, *turns, **sizes)
         for one in (key, value):
             one[:, :3] = 0
         back, around = inside(torch.zeros(N, columns, dtype=dtype))
-        kernels.split_heads_backward(
-            query, key, value, *turns, scale=0.5, num_kv_heads=NUM_KV_HEADS, start=3, out_NE=back
-        )
-        width = GROUPS * NUM_KV_HEADS * 2 * half
-        merged, around_merged = inside(torch.zeros(N, width, dtype=dtype))
-        kernels.merge_heads(query, NUM_TOKENS, NUM_KV_HEADS, merged)
-        parted = kernels.merge_heads_backward(
-            merged, NUM_TOKENS, NUM_KV_HEADS, GROUPS * NUM_KV_HEADS, 2 * half
-        )
-        assert torch.equal(parted, query)
+        ops.split_heads_backward(query, key, value, *turns, **sizes, out_NE=back)
         assert_untouched(around)
-        assert_untouched(around_merged)
-        return [query, key, value, back, merged]
+        return [query, key, value, back]
 
-    found = run()
-    monkeypatch.setattr(kernels, "is_compiled", lambda _tensor: False)
-    for one, other in zip(found, run(), strict=True):
+    for one, other in zip(run(kernels), run(reference_kernels), strict=True):
         gap = (one.float() - other.float()).abs().max()
         assert gap <= TOLERANCES[dtype] * max(1.0, float(other.float().abs().max()))
 
 
-def test_the_loss_and_its_gradient_equal_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_and_its_gradient_equal_torchs() -> None:
     logits = draw(N, 300, dtype=torch.float32, scale=4.0).requires_grad_()
     targets = torch.arange(N) * 13
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
@@ -305,8 +272,8 @@ def test_tensors_of_other_types_or_sizes_than_a_kernel_reads_are_refused() -> No
         kernels.gated_silu_backward(x, torch.zeros(3, 8))
     with pytest.raises(ValueError, match="split_heads"):
         kernels.split_heads(x, *turning(), scale=1.0, num_kv_heads=1, start=0)
-    with pytest.raises(ValueError, match="merge_heads"):
-        kernels.merge_heads(torch.zeros(2, 4, 8), 2, 1, torch.zeros(3, 16))
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        kernels.gated_silu(x.half(), 4)
     with pytest.raises(ValueError, match="causal_softmax_"):
         kernels.causal_softmax_(torch.zeros(1, 4, 3), 4, 0)
 
