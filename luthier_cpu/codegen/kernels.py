@@ -28,7 +28,7 @@ SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "ga
 # Those that choose tokens (decode/sampling.py).
 CHOOSING = ("find_best", "draw")
 # Those of weights in tiles, and the one that runs a step of kernels; for bfloat16 alone.
-TILED = ("tile_product", "add_low_rank_stretches", "attend_stretches", "run_program")
+TILED = ("tile_product", "prefill_lora", "prefill_attention", "run_program")
 _MODULES = (
     "codegen.kernel_graph",
     "decode.kernels.paged_attention",

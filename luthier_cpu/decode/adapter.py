@@ -19,12 +19,12 @@ from luthier_cpu.decode.batch_layout import (
     ACTIVATIONS,
     NUM_SITES,
     PAGE_SIZE,
+    AdapterDescriptor,
     BottleneckSite,
-    Described,
     LowRankSite,
     Pages,
 )
-from luthier_cpu.decode.blocks import BLOCK, by_blocks, lie_in_pairs, shape_of_blocks, to_blocks
+from luthier_cpu.decode.blocks import BLOCK, are_paired, by_blocks, shape_of_blocks, to_blocks
 from luthier_cpu.decode.llama import MAX_MIDDLE, PackedLlama
 
 _SITES = {
@@ -48,11 +48,11 @@ _LINE = 64
 class PackedAdapter:
     """An adapter that rows of a packed base may bear.
 
-    `described` is None where it has virtual tokens alone. `embeddings_ND` become keys and values when the
+    `descriptor` is None where it has virtual tokens alone. `embeddings_ND` become keys and values when the
     base has run them once.
     """
 
-    described: Described | None
+    descriptor: AdapterDescriptor | None
     keys_NLHC: torch.Tensor | None = None
     values_NLHC: torch.Tensor | None = None
     embeddings_ND: torch.Tensor | None = None
@@ -68,8 +68,8 @@ class PackedAdapter:
         """Memory that its tensors take."""
         found = (self.keys_NLHC, self.values_NLHC, self.embeddings_ND)
         tensors = [one for one in found if one is not None]
-        if self.described is not None:
-            sites = itertools.chain(*self.described.low_ranks, *self.described.bottlenecks)
+        if self.descriptor is not None:
+            sites = itertools.chain(*self.descriptor.low_ranks, *self.descriptor.bottlenecks)
             tensors += [tensor for site in sites if site is not None for tensor in site.tensors.values()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -87,7 +87,7 @@ class PackedAdapter:
         pages.write_all(page_N, positions % PAGE_SIZE, self.keys_NLHC[first:], self.values_NLHC[first:])
 
 
-def can_lay_out(parts: ServedParts, base: PackedLlama) -> bool:
+def can_pack_adapter(parts: ServedParts, base: PackedLlama) -> bool:
     """Whether every part has a place in a packed base; else the artifact goes by the plain path."""
     if parts.num_virtual_tokens >= base.context_length:
         return False
@@ -102,7 +102,7 @@ def can_lay_out(parts: ServedParts, base: PackedLlama) -> bool:
     return True
 
 
-def lay_out(
+def pack_adapter(
     parts: ServedParts,
     base: PackedLlama,
     read_weight: Callable[[str], torch.Tensor],
@@ -110,7 +110,7 @@ def lay_out(
     """Lay an artifact's parts out beside a base. Touches nothing of the base; any thread may call it.
 
     Args:
-        parts: of the kind that `can_lay_out` tells.
+        parts: of the kind that `can_pack_adapter` tells.
         read_weight: gives a linear layer's weight [O, K] by its path, for DoRA's norms.
 
     Returns:
@@ -127,10 +127,10 @@ def lay_out(
         _place(one.module, _HALVES, base, places): _bottleneck_site(one, base) for one in parts.bottlenecks
     }
     has_sites = bool(low_ranks or bottlenecks)
-    described = _lay_together(low_ranks, bottlenecks, base) if has_sites else None
+    descriptor = _pack_together(low_ranks, bottlenecks, base) if has_sites else None
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
-        described,
+        descriptor,
         # A copy: the base runs them when the file that they lie in may be another.
         embeddings_ND=None if embeddings_ND is None else _typed(embeddings_ND.clone(), base),
     )
@@ -164,11 +164,11 @@ class _Room:
         return self.take(tuple(tensor.shape), tensor.dtype).copy_(tensor)
 
 
-def _lay_together(
+def _pack_together(
     low_ranks: dict[tuple[int, int], "_Plan"],
     bottlenecks: dict[tuple[int, int], BottleneckSite],
     base: PackedLlama,
-) -> Described:
+) -> AdapterDescriptor:
     """Lay all numbers into one piece of memory, in the order in which a step reads them.
 
     So the processor, which looks ahead, has one row's next site on the way while it works on the last.
@@ -183,12 +183,12 @@ def _lay_together(
             for number in numbers:
                 plan = low_ranks.get((layer, number))
                 if plan is not None:
-                    laid[layer][number] = plan.lay(room)
+                    laid[layer][number] = plan.pack(room)
             bottleneck = bottlenecks.get((layer, half))
             if bottleneck is not None:
                 moved = {name: room.move(one) for name, one in bottleneck.tensors.items()}
                 halves[layer][half] = replace(bottleneck, **moved)
-    return Described(laid, halves)
+    return AdapterDescriptor(laid, halves)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -225,7 +225,7 @@ class _Plan:
         numbers = sum(_aligned(math.prod(shape) * self.dtype.itemsize) for shape in self.shapes)
         return numbers + (0 if self.factor_O is None else _aligned(self.factor_O.nbytes))
 
-    def lay(self, room: _Room) -> LowRankSite:
+    def pack(self, room: _Room) -> LowRankSite:
         """Write the update into some room, ranks filled up with zeros."""
         a_FK, blocks = (room.take(shape, self.dtype) for shape in self.shapes)
         rank = len(self.part.a_RK)
@@ -245,7 +245,7 @@ def _plan(part: LowRankPart, base: PackedLlama, read_weight: Callable[[str], tor
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
         factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
     (rank, num_inputs), num_outputs = part.a_RK.shape, part.b_OR.shape[0]
-    filled, are_pairs = _filled_up(rank), lie_in_pairs(base.embedding_VD)
+    filled, are_pairs = _filled_up(rank), are_paired(base.embedding_VD)
     shapes = (filled, num_inputs), shape_of_blocks(filled, num_outputs, are_pairs=are_pairs)
     return _Plan(part, base.dtype, shapes, factor_O)
 

@@ -1,6 +1,6 @@
 """What a step of a packed base is given, and what it works in.
 
-Legend: N tokens of a step (M single ones first, then T of each stretch), D hidden size, E columns of q, k
+Legend: N tokens of a step (M single ones first, then T of each chunk), D hidden size, E columns of q, k
 and v, K attended columns, F feed-forward size.
 """
 
@@ -11,16 +11,16 @@ from functools import cached_property
 import torch
 
 from luthier_cpu.decode.batch_layout import (
-    Described,
+    AdapterDescriptor,
+    ChunkRows,
     SingleRows,
-    StretchRows,
     TokenRows,
     region_entry,
 )
 
 
 @dataclass(eq=False, slots=True)
-class Stretch:
+class Chunk:
     """Tokens of one sequence that are run now.
 
     `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
@@ -32,7 +32,7 @@ class Stretch:
     tokens: Sequence[int] | torch.Tensor
     first: int
     pages: Sequence[int]
-    adapter: Described | None = None
+    adapter: AdapterDescriptor | None = None
     wants_logits: bool = True
     wants_all_logits: bool = False
     num_first_logits: int = 0
@@ -57,10 +57,10 @@ class Stretch:
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """A stretch of several tokens and its place among a step's tokens."""
+class PlacedChunk:
+    """A chunk of several tokens and its place among a step's tokens."""
 
-    stretch: Stretch
+    chunk: Chunk
     tokens: slice
 
 
@@ -85,25 +85,25 @@ class Buffers:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What a step runs: single rows first, then the tokens of stretches."""
+    """What a step runs: single rows first, then the tokens of chunks."""
 
     rows: SingleRows
     tokens: TokenRows
-    chunks: Sequence[Chunk] = ()
+    prefills: Sequence[PlacedChunk] = ()
 
     @cached_property
-    def stretches(self) -> StretchRows | None:
-        """The adapters of the stretches; None where there is none."""
-        if not self.chunks:
+    def chunk_rows(self) -> ChunkRows | None:
+        """The adapters of the chunks; None where there is none."""
+        if not self.prefills:
             return None
-        return StretchRows(
-            [one.stretch.adapter for one in self.chunks],
-            [one.tokens for one in self.chunks],
-            [one.stretch.first for one in self.chunks],
+        return ChunkRows(
+            [one.chunk.adapter for one in self.prefills],
+            [one.tokens for one in self.prefills],
+            [one.chunk.first for one in self.prefills],
         )
 
     def following(self, layer: int, sites: slice) -> tuple[int, int]:
         """What a product of all tokens with weights of a layer asks for: the low-rank updates after it."""
-        if self.chunks or not self.rows.has_low_ranks:
+        if self.prefills or not self.rows.has_low_ranks:
             return 0, 0
         return self.rows.table_M.data_ptr(), region_entry(layer, sites)

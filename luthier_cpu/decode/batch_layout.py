@@ -28,8 +28,8 @@ PAGE_SIZE = 16
 NUM_SITES = 7
 # Queries of a key head that a kernel attends with at a time.
 MAX_QUERIES = 4
-# Tokens of a stretch, and ranks, that a kernel takes at a time.
-STRETCH_BLOCK, STRETCH_RANK = 64, 128
+# Tokens of a chunk, and ranks, that a kernel takes at a time.
+PREFILL_BLOCK, PREFILL_RANK = 64, 128
 # Blocks of 16 queries, and keys, that a kernel attends with at a time.
 ATTENTION_BLOCKS, ATTENTION_KEYS = 16, 128
 # Bytes between two parts of an adapter that lie together.
@@ -125,7 +125,7 @@ def _region_of(sites: Sequence[LowRankSite]) -> list[int]:
 
 
 @dataclass(frozen=True, eq=False)
-class Described:
+class AdapterDescriptor:
     """An adapter in memory: per layer its seven sites and two bottlenecks, None where there is none.
 
     `address` is that of its table.
@@ -252,7 +252,7 @@ class SingleRows:
     `table_M`, int64, holds the addresses of their tables, in memory of its own unless some is given.
     """
 
-    adapters: Sequence[Described | None]
+    adapters: Sequence[AdapterDescriptor | None]
     memory_M: InitVar[torch.Tensor | None] = None
     table_M: torch.Tensor = field(init=False)
     has_low_ranks: bool = field(init=False)
@@ -272,14 +272,14 @@ class SingleRows:
 
 
 @dataclass(frozen=True, eq=False)
-class StretchRows:
-    """The adapters of a step's stretches, and the step's tokens that each is.
+class ChunkRows:
+    """The adapters of a step's chunks, and the step's tokens that each is.
 
     `table_S3`, int64, has those whose low-rank updates a kernel can add: address, first token, tokens.
     `places_S3` has all: first token, tokens, and the first one's position in its sequence.
     """
 
-    adapters: Sequence[Described | None]
+    adapters: Sequence[AdapterDescriptor | None]
     tokens: Sequence[slice]
     positions: Sequence[int]
     table_S3: torch.Tensor = field(init=False)
@@ -289,7 +289,7 @@ class StretchRows:
         rows = [
             (one.address, tokens.start, tokens.stop - tokens.start)
             for one, tokens in zip(self.adapters, self.tokens, strict=True)
-            if one is not None and 0 < one.max_rank <= STRETCH_RANK
+            if one is not None and 0 < one.max_rank <= PREFILL_RANK
         ]
         object.__setattr__(self, "table_S3", torch.tensor(rows, dtype=torch.int64).view(-1, 3))
         places = [
@@ -354,13 +354,13 @@ def token_rows(
     num_attending: int,
     are_alone: bool,
 ) -> TokenRows:
-    """Return the tokens of some stretches, one stretch after the other.
+    """Return the tokens of some chunks, one chunk after the other.
 
     Args:
-        places: of each stretch the position of its first token, its tokens, and its sequence's pages.
+        places: of each chunk the position of its first token, its tokens, and its sequence's pages.
         device: where the model lies.
         num_attending: tokens that attend by themselves.
-        are_alone: whether each stretch is one token.
+        are_alone: whether each chunk is one token.
 
     Returns:
         The tokens.

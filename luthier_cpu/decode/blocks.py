@@ -15,7 +15,7 @@ from luthier_cpu.codegen import kernels
 BLOCK = 64
 
 
-def lie_in_pairs(like: torch.Tensor) -> bool:
+def are_paired(like: torch.Tensor) -> bool:
     """Whether blocks of such numbers, on such a device, lie in pairs of rows."""
     return like.dtype == torch.bfloat16 and like.device.type == "cpu" and kernels.has_pairs()
 
@@ -29,7 +29,7 @@ def shape_of_blocks(num_rows: int, num_columns: int, *, are_pairs: bool) -> tupl
 def to_blocks(rows: torch.Tensor) -> torch.Tensor:
     """Return a matrix [R, columns] in blocks, filled up with zeros; R is even."""
     filled = functional.pad(rows, (0, -rows.shape[1] % BLOCK))
-    return by_blocks(filled.t(), are_pairs=lie_in_pairs(rows)).contiguous()
+    return by_blocks(filled.t(), are_pairs=are_paired(rows)).contiguous()
 
 
 def by_blocks(columns: torch.Tensor, *, are_pairs: bool) -> torch.Tensor:
@@ -48,7 +48,7 @@ def of_blocks(blocks: torch.Tensor, num_columns: int) -> torch.Tensor:
 
 def check_blocks(blocks: torch.Tensor) -> None:
     """Refuse what kernels would read in another order than it lies."""
-    if (blocks.dim() == 4) != lie_in_pairs(blocks):
+    if (blocks.dim() == 4) != are_paired(blocks):
         raise ValueError("A matrix lies in other blocks than the kernels of this machine read.")
 
 

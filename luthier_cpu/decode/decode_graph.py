@@ -3,7 +3,7 @@
 A step is some three hundred kernels. Launched one by one from Python they cost as much as a third of the
 work, and each may wait for Python's lock; as a program they are one call. Steps of single rows are written
 down once: what changes from one to the next, tokens, places and adapters, lies at addresses that stay. Those
-with stretches are written down each time, which between kernels would take twice as long.
+with chunks are written down each time, which between kernels would take twice as long.
 
 Legend: M rows of one token each, W pages of the longest sequence, V vocabulary.
 """
@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from luthier_cpu.codegen import kernels
-from luthier_cpu.decode.batch import Buffers, Stretch, Work
+from luthier_cpu.decode.batch import Buffers, Chunk, Work
 from luthier_cpu.decode.batch_layout import (
     PAGE_SIZE,
-    STRETCH_RANK,
-    Described,
+    PREFILL_RANK,
+    AdapterDescriptor,
     SingleRows,
     TokenRows,
 )
@@ -68,10 +68,10 @@ class DecodePrograms:
         self._recorded_for = (0, 0)
 
     @staticmethod
-    def can_run(stretches: Sequence[Stretch]) -> bool:
+    def can_run(chunks: Sequence[Chunk]) -> bool:
         """Whether a step is one of these: single rows, or few of one sequence, that all want their logits."""
         num_rows = 0
-        for one in stretches:
+        for one in chunks:
             count = len(one.tokens)
             if one.num_logits != count or not (one.by_rows or count == 1):
                 return False
@@ -81,13 +81,13 @@ class DecodePrograms:
     def step(
         self,
         llama: "PackedLlama",
-        stretches: Sequence[Stretch],
+        chunks: Sequence[Chunk],
         on_launch: Callable[[], None] | None = None,
     ) -> Logits:
         """Run a step, as `PackedLlama.step` does; the logits are overwritten by the next one."""
         ids: list[int] = []
-        adapters: list[Described | None] = []
-        for one in stretches:
+        adapters: list[AdapterDescriptor | None] = []
+        for one in chunks:
             pages, adapter = one.pages, one.adapter
             for position, token in enumerate(one.tokens, one.first):
                 row, width = len(ids), position // PAGE_SIZE + 1
@@ -97,15 +97,15 @@ class DecodePrograms:
                 ids.append(token)
                 adapters.append(adapter)
         num_rows = len(ids)
-        if any(isinstance(one.tokens, torch.Tensor) for one in stretches):
+        if any(isinstance(one.tokens, torch.Tensor) for one in chunks):
             with torch.inference_mode():
-                llama.embed(stretches, self._buffers.stream_ND[:num_rows])
+                llama.embed(chunks, self._buffers.stream_ND[:num_rows])
         else:
             if min(ids) < 0 or max(ids) >= len(self._vectors):
                 raise IndexError("A token is none of the base's.")
             # All are there: any other mode would copy them once more.
             np.take(self._vectors, ids, axis=0, out=self._stream[:num_rows], mode="clip")
-        program = self._program(llama, adapters, are_alone=num_rows == len(stretches))
+        program = self._program(llama, adapters, are_alone=num_rows == len(chunks))
         if on_launch is not None:
             on_launch()
         program.run()
@@ -113,12 +113,12 @@ class DecodePrograms:
 
     @staticmethod
     def can_write(llama: "PackedLlama", work: Work) -> bool:
-        """Whether all that a step's layers do with stretches is done by kernels."""
-        adapters = [one.stretch.adapter for one in work.chunks]
+        """Whether all that a step's layers do with chunks is done by kernels."""
+        adapters = [one.chunk.adapter for one in work.prefills]
         are_known = all(
-            one is None or (one.max_rank <= STRETCH_RANK and not one.has_bottlenecks) for one in adapters
+            one is None or (one.max_rank <= PREFILL_RANK and not one.has_bottlenecks) for one in adapters
         )
-        return llama.ops.has_stretches and are_known
+        return llama.ops.has_prefill_kernels and are_known
 
     @staticmethod
     def run_layers(
@@ -137,7 +137,7 @@ class DecodePrograms:
         program.run()
 
     def _program(
-        self, llama: "PackedLlama", adapters: Sequence[Described | None], *, are_alone: bool
+        self, llama: "PackedLlama", adapters: Sequence[AdapterDescriptor | None], *, are_alone: bool
     ) -> "Program":
         recorded_for = torch.get_num_threads(), llama.ops.memory_at
         if recorded_for != self._recorded_for:
@@ -154,7 +154,7 @@ class DecodePrograms:
 
     @torch.inference_mode()
     def _record(
-        self, llama: "PackedLlama", adapters: Sequence[Described | None], *, are_alone: bool
+        self, llama: "PackedLlama", adapters: Sequence[AdapterDescriptor | None], *, are_alone: bool
     ) -> "Program":
         from luthier_cpu.codegen.openmp import recording
 

@@ -1,11 +1,11 @@
 """A Llama-shaped base laid out for serving: packed products, paged keys and values, adapters row by row.
 
 A step runs tokens of many sequences at once: rows of one token, each with an adapter of its own, through the
-kernels of decode/ops.py, and stretches of prompts through products over the whole stretch. All share
+kernels of decode/ops.py, and chunks of prompts through products over the whole chunk. All share
 the products with the base's weights, so that these are read once a step. On a CPU a step is a program of
 kernels, of single rows alone one that was written down before (decode/decode_graph.py).
 
-Legend: N tokens of a step (M single ones first, then T of each stretch), D hidden size, E columns of q, k
+Legend: N tokens of a step (M single ones first, then T of each chunk), D hidden size, E columns of q, k
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from luthier_cpu.decode.batch import Buffers, Chunk, Stretch, Work
+from luthier_cpu.decode.batch import Buffers, Chunk, PlacedChunk, Work
 from luthier_cpu.decode.batch_layout import (
     ATTENTION_IN,
     ATTENTION_OUT,
@@ -65,7 +65,7 @@ class PackedLlama:
         head_VD = causal_lm.get_output_embeddings().weight.detach()
         memory = WeightMemory([*(one for layer in body.layers for one in linears_of(layer)), head_VD])
         self._blocks = [pack_block(layer, memory) for layer in body.layers]
-        self._head = memory.lay(head_VD)
+        self._head = memory.pack(head_VD)
         size = body.layers[0].self_attn.head_dim
         positions_1T = torch.arange(config.max_position_embeddings, device=self.embedding_VD.device)[None]
         # In float32, so that the tables are not rounded to the weights' type.
@@ -110,41 +110,41 @@ class PackedLlama:
         """Logits of a row."""
         return self._head.num_outputs
 
-    def step(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None = None) -> Logits:
+    def step(self, chunks: Sequence[Chunk], on_launch: Callable[[], None] | None = None) -> Logits:
         """Run tokens, and put their keys and values into their sequences' pages.
 
         Args:
-            stretches: of each sequence one, or one of several tokens and a last token after it.
+            chunks: of each sequence one, or one of several tokens and a last token after it.
             on_launch: called when all is prepared, before the long work without the interpreter's lock.
 
         Returns:
-            Those that each stretch wants, in order; they may be overwritten by the next step.
+            Those that each chunk wants, in order; they may be overwritten by the next step.
 
         Raises:
-            ValueError: when a stretch reaches beyond its pages or the context, or runs by rows and does not
+            ValueError: when a chunk reaches beyond its pages or the context, or runs by rows and does not
                 want all logits.
         """
-        for one in stretches:
+        for one in chunks:
             end = one.first + len(one.tokens)
             # The kernels read and write where these point.
             if end > self.context_length or end > len(one.pages) * PAGE_SIZE:
-                raise ValueError("A stretch is longer than its pages, or than the context.")
+                raise ValueError("A chunk is longer than its pages, or than the context.")
             if one.by_rows and one.num_logits != len(one):
-                raise ValueError("A stretch that runs by rows wants the logits after each of them.")
-        if self._programs is not None and self._programs.can_run(stretches):
-            return self._programs.step(self, stretches, on_launch)
-        return self._step_stretches(stretches, on_launch)
+                raise ValueError("A chunk that runs by rows wants the logits after each of them.")
+        if self._programs is not None and self._programs.can_run(chunks):
+            return self._programs.step(self, chunks, on_launch)
+        return self._step_chunks(chunks, on_launch)
 
     @torch.inference_mode()
-    def _step_stretches(self, stretches: Sequence[Stretch], on_launch: Callable[[], None] | None) -> Logits:
-        singles = [one for one in stretches if len(one) == 1]
+    def _step_chunks(self, chunks: Sequence[Chunk], on_launch: Callable[[], None] | None) -> Logits:
+        singles = [one for one in chunks if len(one) == 1]
         # Those whose tokens attend by themselves come first.
-        chunks = sorted((one for one in stretches if len(one) > 1), key=self._attends_at_once)
+        longer = sorted((one for one in chunks if len(one) > 1), key=self._attends_at_once)
         rows = SingleRows([one.adapter for one in singles])
-        places = self._place_chunks(chunks, len(singles))
-        tokens = self._place_tokens(singles, chunks)
-        buffers = self.make_buffers(sum(len(one) for one in stretches))
-        self.embed([*singles, *chunks], buffers.stream_ND)
+        places = self._place_chunks(longer, len(singles))
+        tokens = self._place_tokens(singles, longer)
+        buffers = self.make_buffers(sum(len(one) for one in chunks))
+        self.embed([*singles, *longer], buffers.stream_ND)
         work = Work(rows, tokens, places)
         if self._programs is not None and self._programs.can_write(self, work):
             self._programs.run_layers(self, buffers, work, on_launch)
@@ -152,7 +152,7 @@ class PackedLlama:
             if on_launch is not None:
                 on_launch()
             self.run_layers(buffers, work)
-        return self._logits(buffers, work, stretches, singles)
+        return self._logits(buffers, work, chunks, singles)
 
     def make_buffers(self, num_tokens: int) -> Buffers:
         """Return what a step of so many tokens works in."""
@@ -165,14 +165,14 @@ class PackedLlama:
         ]
         return Buffers(*held, *products)
 
-    def embed(self, stretches: Sequence[Stretch], out_ND: torch.Tensor) -> None:
-        """Write the vectors of stretches' tokens, one stretch after the other."""
+    def embed(self, chunks: Sequence[Chunk], out_ND: torch.Tensor) -> None:
+        """Write the vectors of chunks' tokens, one chunk after the other."""
         ids: list[int] = []
-        for one in stretches:
+        for one in chunks:
             ids.extend([0] * len(one) if isinstance(one.tokens, torch.Tensor) else one.tokens)
         torch.index_select(self.embedding_VD, 0, torch.tensor(ids, device=self.device), out=out_ND)
         first = 0
-        for one in stretches:
+        for one in chunks:
             if isinstance(one.tokens, torch.Tensor):
                 out_ND[first : first + len(one)] = one.tokens
             first += len(one)
@@ -207,8 +207,8 @@ class PackedLlama:
         qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, work.following(layer, ATTENTION_IN))
         self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
         self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
-        if work.stretches is not None:
-            self.ops.attend_stretches(qkv_NE, work.tokens, work.stretches, self.pages, layer, attended_NK)
+        if work.chunk_rows is not None:
+            self.ops.attend_chunks(qkv_NE, work.tokens, work.chunk_rows, self.pages, layer, attended_NK)
 
     def _go_on(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
         """Run a block from what its tokens attend to on."""
@@ -236,47 +236,45 @@ class PackedLlama:
     ) -> None:
         if work.rows.has_low_ranks:
             self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites)
-        if work.stretches is not None:
-            self.ops.add_stretches(out_NO, x_NK, work.stretches, layer, sites)
+        if work.chunk_rows is not None:
+            self.ops.add_low_rank_to_chunks(out_NO, x_NK, work.chunk_rows, layer, sites)
 
     def _add_bottlenecks(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, work: Work, layer: int, half: int
     ) -> None:
         if work.rows.has_bottlenecks:
             self.ops.add_bottleneck(out_ND, input_ND, work.rows, layer, half)
-        for chunk in work.chunks:
-            adapter = chunk.stretch.adapter
+        for prefill in work.prefills:
+            adapter = prefill.chunk.adapter
             site = adapter.bottlenecks[layer][half] if adapter is not None else None
             if site is not None:
-                site.add_to(out_ND[chunk.tokens], input_ND[chunk.tokens])
+                site.add_to(out_ND[prefill.tokens], input_ND[prefill.tokens])
 
-    def _logits(
-        self, buffers: Buffers, work: Work, stretches: Sequence[Stretch], singles: list[Stretch]
-    ) -> Logits:
-        """Run the last block to its end, for the wanted logits alone unless some lie within a stretch."""
+    def _logits(self, buffers: Buffers, work: Work, chunks: Sequence[Chunk], singles: list[Chunk]) -> Logits:
+        """Run the last block to its end, for the wanted logits alone unless some lie within a chunk."""
         begins = {id(one): row for row, one in enumerate(singles)}
-        begins |= {id(chunk.stretch): chunk.tokens.start for chunk in work.chunks}
-        wanted = [begins[id(one)] + place for one in stretches for place in one.wanted]
+        begins |= {id(prefill.chunk): prefill.tokens.start for prefill in work.prefills}
+        wanted = [begins[id(one)] + place for one in chunks for place in one.wanted]
         if not wanted:
             return Logits(self.embedding_VD.new_empty(0, self.vocabulary_size), [])
         wanted_R = torch.tensor(wanted, device=self.device)
-        if any(one.wants_all_logits or one.num_first_logits for one in stretches):
-            # As the stretch that they are: a model is verified by what the kernels of stretches compute.
+        if any(one.wants_all_logits or one.num_first_logits for one in chunks):
+            # As the chunk that they are: a model is verified by what the kernels of chunks compute.
             change_ND = self.finish_layers(buffers, work)
             stream_RD, change_RD = buffers.stream_ND[wanted_R], change_ND[wanted_R]
         else:
             own = self.make_buffers(len(wanted))
             for name in ("stream_ND", "normed_ND", "attended_NK"):
                 torch.index_select(getattr(buffers, name), 0, wanted_R, out=getattr(own, name))
-            rows = SingleRows([one.adapter for one in stretches for _ in one.wanted])
+            rows = SingleRows([one.adapter for one in chunks for _ in one.wanted])
             # Nothing attends any more: the tokens, which are others than these, are not read.
             stream_RD, change_RD = own.stream_ND, self.finish_layers(own, Work(rows, work.tokens))
         return Logits.of(self.run_head(stream_RD, change_RD, torch.empty_like(stream_RD)))
 
-    def _attends_at_once(self, chunk: Stretch) -> bool:
+    def _attends_at_once(self, chunk: Chunk) -> bool:
         return chunk.first + len(chunk) > self.ops.max_alone
 
-    def _place_tokens(self, singles: Sequence[Stretch], chunks: Sequence[Stretch]) -> TokenRows:
+    def _place_tokens(self, singles: Sequence[Chunk], chunks: Sequence[Chunk]) -> TokenRows:
         alone = sum(len(one) for one in chunks if not self._attends_at_once(one))
         return token_rows(
             [(one.first, len(one), one.pages) for one in (*singles, *chunks)],
@@ -285,10 +283,10 @@ class PackedLlama:
             are_alone=not chunks,
         )
 
-    def _place_chunks(self, chunks: Sequence[Stretch], start: int) -> list[Chunk]:
+    def _place_chunks(self, chunks: Sequence[Chunk], start: int) -> list[PlacedChunk]:
         places = []
         for one in chunks:
             tokens = slice(start, start + len(one))
             start = tokens.stop
-            places.append(Chunk(one, tokens))
+            places.append(PlacedChunk(one, tokens))
         return places

@@ -16,12 +16,12 @@ from luthier_cpu.decode.batch_layout import (
     MAX_QUERIES,
     NUM_SITES,
     PAGE_SIZE,
+    PREFILL_RANK,
     SITE_ENTRIES,
-    STRETCH_RANK,
+    ChunkRows,
     HeadShape,
     Pages,
     SingleRows,
-    StretchRows,
     TokenRows,
     turn,
 )
@@ -60,14 +60,14 @@ class CompiledOps:
         self._scratch_width = -(-needed // 16) * 16 + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         in_tiles_too = like.dtype == torch.bfloat16 and has_tiles()
-        self._stretches = self._attend_stretches = None
+        self._prefill_lora = self._prefill_attention = None
         if in_tiles_too:
-            address = kernels.compiled_address("add_low_rank_stretches", like.dtype)
-            self._stretches = Launcher(address)
+            address = kernels.compiled_address("prefill_lora", like.dtype)
+            self._prefill_lora = Launcher(address)
         if in_tiles_too and shape.size % TILE_INPUTS == 0:
-            address = kernels.compiled_address("attend_stretches", like.dtype)
-            self._attend_stretches = Launcher(address)
-        self.max_alone = 512 if self._attend_stretches is None else 1
+            address = kernels.compiled_address("prefill_attention", like.dtype)
+            self._prefill_attention = Launcher(address)
+        self.max_alone = 512 if self._prefill_attention is None else 1
         addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
         launchers = [Launcher(one) for one in addresses]
         # Not at the first step, whose thread answers everybody.
@@ -148,27 +148,27 @@ class CompiledOps:
             by_rows=by_rows,
         )
 
-    def attend_stretches(
+    def attend_chunks(
         self,
         qkv_NE: torch.Tensor,
         tokens: TokenRows,
-        stretches: StretchRows,
+        chunks: ChunkRows,
         pages: Pages,
         layer: int,
         out_NK: torch.Tensor,
     ) -> None:
-        """Let stretches that attend at once do so, their keys and values in their pages."""
-        if self._attend_stretches is None:
-            attend_at_once(qkv_NE, tokens, stretches, pages, layer, self._shape, out_NK)
+        """Let chunks that attend at once do so, their keys and values in their pages."""
+        if self._prefill_attention is None:
+            attend_at_once(qkv_NE, tokens, chunks, pages, layer, self._shape, out_NK)
             return
-        shape, num_stretches = self._shape, len(stretches.places_S3)
-        num_items, num_threads, num_parts = num_stretches * shape.num_kv_heads, torch.get_num_threads(), 1
+        shape, num_chunks = self._shape, len(chunks.places_S3)
+        num_items, num_threads, num_parts = num_chunks * shape.num_kv_heads, torch.get_num_threads(), 1
         # The fewest parts with which all threads have about the same to do: each lays the values anew.
         while num_items * num_parts % num_threads and num_items * num_parts < 4 * num_threads:
             num_parts += 1
-        self._attend_stretches.run(
+        self._prefill_attention.run(
             (
-                num_stretches,
+                num_chunks,
                 shape.num_kv_heads,
                 shape.num_heads // shape.num_kv_heads,
                 shape.size,
@@ -177,7 +177,7 @@ class CompiledOps:
                 num_parts,
                 len(tokens),
                 qkv_NE.data_ptr(),
-                stretches.places_S3.data_ptr(),
+                chunks.places_S3.data_ptr(),
                 tokens.pages_NW.data_ptr(),
                 shape.cosine_TC.data_ptr(),
                 shape.sine_TC.data_ptr(),
@@ -218,30 +218,30 @@ class CompiledOps:
             by_rows=True,
         )
 
-    def add_stretches(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
+    def add_low_rank_to_chunks(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, chunks: ChunkRows, layer: int, sites: slice
     ) -> None:
-        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
-        if self._stretches is None or x_NK.shape[1] % TILE_INPUTS != 0:
-            stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths.tolist())
+        """Add the low-rank updates of chunks to their tokens' results of layers that share an input."""
+        if self._prefill_lora is None or x_NK.shape[1] % TILE_INPUTS != 0:
+            chunks.add_low_ranks(out_NO, x_NK, layer, sites, self._widths.tolist())
             return
-        if len(stretches.table_S3):
-            self._stretches.run(
+        if len(chunks.table_S3):
+            self._prefill_lora.run(
                 (
-                    len(stretches.table_S3),
+                    len(chunks.table_S3),
                     x_NK.shape[1],
                     out_NO.shape[1],
                     sites.stop - sites.start,
                     layer * LAYER_ENTRIES + sites.start * SITE_ENTRIES,
                     x_NK.data_ptr(),
                     out_NO.data_ptr(),
-                    stretches.table_S3.data_ptr(),
+                    chunks.table_S3.data_ptr(),
                     self._widths.data_ptr() + 8 * sites.start,
                     *self._scratch_of_threads(),
                 )
             )
         # Wider ones than the kernel takes.
-        stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths.tolist(), min_rank=STRETCH_RANK + 1)
+        chunks.add_low_ranks(out_NO, x_NK, layer, sites, self._widths.tolist(), min_rank=PREFILL_RANK + 1)
 
     def add_bottleneck(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
@@ -262,9 +262,9 @@ class CompiledOps:
         )
 
     @property
-    def has_stretches(self) -> bool:
-        """Whether kernels do all that is asked for stretches, of ranks up to `STRETCH_RANK`."""
-        return self._stretches is not None and self._attend_stretches is not None
+    def has_prefill_kernels(self) -> bool:
+        """Whether kernels do all that is asked for chunks, of ranks up to `PREFILL_RANK`."""
+        return self._prefill_lora is not None and self._prefill_attention is not None
 
     @property
     def memory_at(self) -> int:
@@ -281,14 +281,14 @@ class CompiledOps:
 def attend_at_once(
     qkv_NE: torch.Tensor,
     tokens: TokenRows,
-    stretches: StretchRows,
+    chunks: ChunkRows,
     pages: Pages,
     layer: int,
     shape: HeadShape,
     out_NK: torch.Tensor,
 ) -> None:
-    """Let stretches whose tokens do not attend one by one attend to all of their sequences so far."""
-    for own, first in zip(stretches.tokens, stretches.positions, strict=True):
+    """Let chunks whose tokens do not attend one by one attend to all of their sequences so far."""
+    for own, first in zip(chunks.tokens, chunks.positions, strict=True):
         if own.start < tokens.num_attending:
             continue
         num_tokens = own.stop - own.start

@@ -22,8 +22,8 @@ from luthier.modeling.protocols import (
 )
 from luthier_cpu import refusal
 from luthier_cpu.codegen.openmp import use_threads
-from luthier_cpu.decode.adapter import PackedAdapter, can_lay_out, lay_out
-from luthier_cpu.decode.batch import Stretch as PackedChunk
+from luthier_cpu.decode.adapter import PackedAdapter, can_pack_adapter, pack_adapter
+from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.decode.batch_layout import PAGE_SIZE
 from luthier_cpu.decode.llama import PackedLlama, can_pack_llama
 from luthier_cpu.decode.logits import Logits
@@ -81,9 +81,9 @@ class PackedRunner:
         """Lay an adapter out for the kernels; touches nothing that a step uses."""
         if isinstance(source, _PreparedSource):
             return source
-        if source.parts is None or not can_lay_out(source.parts, self.model):
+        if source.parts is None or not can_pack_adapter(source.parts, self.model):
             raise UnsupportedAdapterError("The packed base has no place for this adapter.")
-        packed = lay_out(source.parts, self.model, self._read_weight)
+        packed = pack_adapter(source.parts, self.model, self._read_weight)
         return _PreparedSource(source.folder, None, packed)
 
     def add_adapter(self, source: AdapterSource) -> AdapterInfo:
@@ -103,7 +103,7 @@ class PackedRunner:
         blocks = list(range(first_block, first_block + -(-len(vectors_ND) // PAGE_SIZE)))
         for first in range(0, len(vectors_ND), _MAX_PREFILL_TOKENS):
             part_ND = vectors_ND[first : first + _MAX_PREFILL_TOKENS]
-            self.model.step([PackedChunk(part_ND, first, blocks, wants_logits=False)])
+            self.model.step([Chunk(part_ND, first, blocks, wants_logits=False)])
         packed.take_key_values(*self.model.pages.read(blocks, len(vectors_ND)))
         self.discard_blocks(blocks)
 
@@ -115,14 +115,12 @@ class PackedRunner:
         """Run a batch; the logits may be overwritten by the next one."""
         return self.model.step([self._pack_chunk(one) for one in batch.chunks], on_launch=on_launch)
 
-    def _pack_chunk(self, chunk: TokenChunk) -> PackedChunk:
+    def _pack_chunk(self, chunk: TokenChunk) -> Chunk:
         adapter = None if chunk.adapter is None else self._adapters[chunk.adapter]
-        described = None if adapter is None else adapter.described
+        descriptor = None if adapter is None else adapter.descriptor
         ids = chunk.token_ids
         if len(ids) == 1 and ids[0] >= 0:
-            return PackedChunk(
-                ids, chunk.first_position, chunk.block_table, described, chunk.logits_from == 0
-            )
+            return Chunk(ids, chunk.first_position, chunk.block_table, descriptor, chunk.logits_from == 0)
         if ids[0] < 0 and adapter is not None:
             num_virtual = adapter.num_virtual_tokens - chunk.first_position
             if num_virtual >= len(chunk.token_ids):
@@ -139,11 +137,11 @@ class PackedRunner:
             raise ValueError(
                 "Logits are wanted of all tokens of a chunk, of the last, of drafts, or of none."
             )
-        return PackedChunk(
+        return Chunk(
             chunk.token_ids,
             chunk.first_position,
             chunk.block_table,
-            described,
+            descriptor,
             wants_logits=num_rows > 0,
             wants_all_logits=num_rows == count > 1 and not chunk.num_draft_tokens,
             num_first_logits=chunk.num_draft_tokens,

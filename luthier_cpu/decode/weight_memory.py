@@ -41,7 +41,7 @@ class WeightMemory:
         num_bytes = sum(tiled_bytes(one) for one in weights if can_tile(one))
         self._room = take_large(num_bytes) if num_bytes else None
 
-    def lay(self, *weights: torch.Tensor) -> PackedLinear:
+    def pack(self, *weights: torch.Tensor) -> PackedLinear:
         """Return layers that share an input as one."""
         weight_OK = weights[0] if len(weights) == 1 else torch.cat(weights)
         if self._room is None or not can_tile(weight_OK):
@@ -63,11 +63,11 @@ def pack_block(layer: torch.nn.Module, memory: WeightMemory) -> Block:
     query, key, value, out, gate, up, down = linears_of(layer)
     block = Block(
         attention_norm_D=layer.input_layernorm.weight.detach(),
-        attention_in=memory.lay(query, key, value),
-        attention_out=memory.lay(out),
+        attention_in=memory.pack(query, key, value),
+        attention_out=memory.pack(out),
         feed_forward_norm_D=layer.post_attention_layernorm.weight.detach(),
-        feed_forward_in=memory.lay(gate, up),
-        feed_forward_out=memory.lay(down),
+        feed_forward_in=memory.pack(gate, up),
+        feed_forward_out=memory.pack(down),
     )
     for parameter in layer.parameters():
         parameter.data = parameter.data.new_empty(0)

@@ -170,7 +170,7 @@ finish_6_rows_of_64, finish_1_row_of_64 = _finished_block(6, 4), _finished_block
 
 
 @intrinsic
-def lay_pairs(_context, source, stride, num_rows, target, target_stride):
+def pack_pairs(_context, source, stride, num_rows, target, target_stride):
     """Write 32 bfloat16 of up to 16 rows as 16 lines of pairs, a row a column; further columns repeat the
     last row."""
 
@@ -193,8 +193,8 @@ def _rounded_halves(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
 
 
 @intrinsic
-def lay_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, target, target_stride):
-    """Write the first 32 float32 of up to 16 rows, times a scale, as `lay_pairs` does.
+def pack_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, target, target_stride):
+    """Write the first 32 float32 of up to 16 rows, times a scale, as `pack_pairs` does.
 
     The scale goes as the bits of a float32. Numbers that there are not are zeros.
     """

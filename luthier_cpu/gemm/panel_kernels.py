@@ -30,8 +30,8 @@ from luthier_cpu.gemm.panel_blocks import (
     finish_8_rows,
     keep_1_row,
     keep_8_rows,
-    lay_pairs,
-    lay_scaled_pairs,
+    pack_pairs,
+    pack_scaled_pairs,
     pair_lines,
     pair_scaled_line,
 )
@@ -57,7 +57,7 @@ SCRATCH = 18
 
 
 @inlined
-def _lay_weight(weight_at, stride, first, num_columns, start, num_pairs, is_backward, panel_at):
+def _pack_weight(weight_at, stride, first, num_columns, start, num_pairs, is_backward, panel_at):
     """Lay pairs of a weight's rows (of its columns, backward) for columns of a product."""
     if is_backward:
         for pair in range(num_pairs):
@@ -68,17 +68,17 @@ def _lay_weight(weight_at, stride, first, num_columns, start, num_pairs, is_back
             source_at = weight_at + (first + column) * stride + start * 4
             for pair in range(0, num_pairs, 16):
                 target_at = panel_at + pair * LINE_BYTES + column * 4
-                lay_pairs(
+                pack_pairs(
                     source_at + pair * 4, stride, min(TILE, num_columns - column), target_at, LINE_BYTES
                 )
 
 
 @inlined
-def _lay_b(b_at, rank, scale, num_columns, panel_at):
+def _pack_b(b_at, rank, scale, num_columns, panel_at):
     """Lay a part's `scale * b` [O, R], from its panel's first output on."""
     for column in range(0, num_columns, TILE):
         for first in range(0, rank, 32):
-            lay_scaled_pairs(
+            pack_scaled_pairs(
                 b_at + (column * rank + first) * 4,
                 rank * 4,
                 min(TILE, num_columns - column),
@@ -90,7 +90,7 @@ def _lay_b(b_at, rank, scale, num_columns, panel_at):
 
 
 @inlined
-def _lay_a(facts, num_parts, num_inputs, first, num_columns, panel_at):
+def _pack_a(facts, num_parts, num_inputs, first, num_columns, panel_at):
     """Lay every part's `a` [R, D] one below the other, zeros where ranks are filled up; return the pairs."""
     num_pairs = 0
     for part in range(num_parts):
@@ -216,7 +216,7 @@ def panel_product(data):
                 first = panel * PANEL_COLUMNS
                 columns = min(PANEL_COLUMNS, num_columns - first)
                 if u_at != 0 and is_last:
-                    low_pairs = _lay_a(facts, num_parts, num_columns, first, columns, low_at)
+                    low_pairs = _pack_a(facts, num_parts, num_columns, first, columns, low_at)
             else:
                 part, own = find_part(facts, panel)
                 within, rank = own * PANEL_COLUMNS, facts[part, RANK]
@@ -226,8 +226,8 @@ def panel_product(data):
                 )
                 if rank != 0 and is_last:
                     low_pairs, own_u_at = (rank + 1) // 2, u_at + facts[part, FIRST_COLUMN] * 2
-                    _lay_b(facts[part, B] + within * rank * 4, rank, facts[part, SCALE], columns, low_at)
-            _lay_weight(weight_at, weight_stride, first, columns, start, own_pairs, is_backward, panel_at)
+                    _pack_b(facts[part, B] + within * rank * 4, rank, facts[part, SCALE], columns, low_at)
+            _pack_weight(weight_at, weight_stride, first, columns, start, own_pairs, is_backward, panel_at)
             _multiply_rows(
                 chunk * chunk_rows,
                 min((chunk + 1) * chunk_rows, num_rows),

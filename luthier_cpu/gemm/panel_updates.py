@@ -24,7 +24,7 @@ from luthier_cpu.gemm.panel_blocks import (
     finish_1_row_of_tile,
     finish_16_rows_of_tile,
     keep_8_rows,
-    lay_scaled_pairs,
+    pack_scaled_pairs,
     pair_lines,
     pair_scaled_line,
 )
@@ -78,7 +78,7 @@ def panel_low_rank(data):
                 for pair in range(0, num_pairs, 16):
                     source_at = facts[part, A] + (first * num_inputs + 2 * pair) * 4
                     target_at = panel_at + pair * _TILE_BYTES
-                    lay_scaled_pairs(source_at, num_inputs * 4, num_ranks, 32, ONE, target_at, _TILE_BYTES)
+                    pack_scaled_pairs(source_at, num_inputs * 4, num_ranks, 32, ONE, target_at, _TILE_BYTES)
             row = begin_row
             while row < end_row:
                 if row + TILE > end_row and begin_row + TILE <= end_row:

@@ -1,4 +1,4 @@
-"""The shapes that weights in tiles are read in (gemm/amx_gemm.py)."""
+"""The shapes that weights in tiles are read in (gemm/tiled_gemm.py)."""
 
 # Outputs of a panel, and inputs of a tile: a weight's inputs must be a multiple of these.
 PANEL_OUTPUTS, TILE_INPUTS = 64, 32

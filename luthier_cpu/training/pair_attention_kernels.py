@@ -15,7 +15,7 @@ from luthier_cpu.gemm.bf16_gemm import interleave
 from luthier_cpu.gemm.panel_blocks import (
     finish_1_row_of_64,
     finish_6_rows_of_64,
-    lay_pairs,
+    pack_pairs,
     pair_lines_of_64,
 )
 from luthier_cpu.training.pair_attention import COLUMNS, HEAD_BYTES, LINE_BYTES
@@ -27,11 +27,11 @@ _SCRATCH, _SCRATCH_BACKWARD = 14, 17
 
 
 @inlined
-def _lay_columns(rows_at, num_rows, size, panel_at):
+def _pack_columns(rows_at, num_rows, size, panel_at):
     """Lay rows of bfloat16 as a panel's columns, pairs of their own numbers."""
     for column in range(0, num_rows, _TILE):
         for pair in range(0, size // 2, _TILE):
-            lay_pairs(
+            pack_pairs(
                 rows_at + column * size * 2 + pair * 4,
                 size * 2,
                 min(_TILE, num_rows - column),
@@ -41,7 +41,7 @@ def _lay_columns(rows_at, num_rows, size, panel_at):
 
 
 @inlined
-def _lay_pairs_of_rows(rows_at, num_rows, size, num_columns, panel_at):
+def _pack_pairs_of_rows(rows_at, num_rows, size, num_columns, panel_at):
     """Lay columns of rows of bfloat16 as a panel's, pairs of two rows."""
     for pair in range((num_rows + 1) // 2):
         row_at = rows_at + 2 * pair * size * 2
@@ -104,7 +104,7 @@ def _over_keys(x_at, keys_at, sizes, zeros_at, panel_at, out_at):
     num_queries, num_keys, size, num_tokens, start, width = sizes
     for first in range(0, num_keys, COLUMNS):
         num_columns = min(COLUMNS, num_keys - first)
-        _lay_columns(keys_at + first * size * 2, num_columns, size, panel_at)
+        _pack_columns(keys_at + first * size * 2, num_columns, size, panel_at)
         _multiply(
             panel_at, size // 2, x_at, size * 2, 4, num_queries, zeros_at,
             out_at + first * 2, width * 2, num_columns, num_tokens, start, first,
@@ -117,7 +117,7 @@ def _sum_keys(weights_at, rows_at, sizes, zeros_at, panel_at, out_at):
     num_queries, num_keys, size, num_tokens, start, width = sizes
     for first in range(0, size, COLUMNS):
         num_columns = min(COLUMNS, size - first)
-        _lay_pairs_of_rows(rows_at + first * 2, num_keys, size, num_columns, panel_at)
+        _pack_pairs_of_rows(rows_at + first * 2, num_keys, size, num_columns, panel_at)
         _multiply(
             panel_at, (num_keys + 1) // 2, weights_at, width * 2, 4, num_queries, zeros_at,
             out_at + first * 2, size * 2, num_columns, num_tokens, start, -1,
@@ -131,7 +131,7 @@ def _sum_queries(weights_at, rows_at, sizes, zeros_at, turned_at, panel_at, out_
     _turn_rows(weights_at, num_queries, width, zeros_at, turned_at)
     for first in range(0, size, COLUMNS):
         num_columns = min(COLUMNS, size - first)
-        _lay_pairs_of_rows(rows_at + first * 2, num_queries, size, num_columns, panel_at)
+        _pack_pairs_of_rows(rows_at + first * 2, num_queries, size, num_columns, panel_at)
         _multiply(
             panel_at, (num_queries + 1) // 2, turned_at, 4, width * 4, num_keys, zeros_at,
             out_at + first * 2, size * 2, num_columns, 0, 0, -1,

@@ -10,11 +10,11 @@ import torch
 
 from luthier_cpu.decode.batch_layout import (
     PAGE_SIZE,
-    Described,
+    AdapterDescriptor,
+    ChunkRows,
     HeadShape,
     Pages,
     SingleRows,
-    StretchRows,
     TokenRows,
     turn,
 )
@@ -65,17 +65,17 @@ class PlainOps:
             mixed = torch.bmm(torch.softmax(scores, dim=-1), values.float())
             out_NK[row] = mixed.reshape(-1).to(out_NK.dtype)
 
-    def attend_stretches(
+    def attend_chunks(
         self,
         qkv_NE: torch.Tensor,
         tokens: TokenRows,
-        stretches: StretchRows,
+        chunks: ChunkRows,
         pages: Pages,
         layer: int,
         out_NK: torch.Tensor,
     ) -> None:
-        """Let stretches that attend at once do so, their keys and values in their pages."""
-        attend_at_once(qkv_NE, tokens, stretches, pages, layer, self._shape, out_NK)
+        """Let chunks that attend at once do so, their keys and values in their pages."""
+        attend_at_once(qkv_NE, tokens, chunks, pages, layer, self._shape, out_NK)
 
     def gate(self, gate_up_NF: torch.Tensor, out_NF: torch.Tensor) -> None:
         """Write silu(gate) * up."""
@@ -95,11 +95,11 @@ class PlainOps:
             adapter.add_low_ranks_to(part, x_NK[own], layer, sites, self._widths)
             out_NO[own] = part
 
-    def add_stretches(
-        self, out_NO: torch.Tensor, x_NK: torch.Tensor, stretches: StretchRows, layer: int, sites: slice
+    def add_low_rank_to_chunks(
+        self, out_NO: torch.Tensor, x_NK: torch.Tensor, chunks: ChunkRows, layer: int, sites: slice
     ) -> None:
-        """Add the low-rank updates of stretches to their tokens' results of layers that share an input."""
-        stretches.add_low_ranks(out_NO, x_NK, layer, sites, self._widths)
+        """Add the low-rank updates of chunks to their tokens' results of layers that share an input."""
+        chunks.add_low_ranks(out_NO, x_NK, layer, sites, self._widths)
 
     def add_bottleneck(
         self, out_ND: torch.Tensor, input_ND: torch.Tensor, rows: SingleRows, layer: int, half: int
@@ -113,8 +113,8 @@ class PlainOps:
                 out_ND[own] = part
 
 
-def _by_adapter(rows: SingleRows) -> list[tuple[Described, list[int]]]:
-    found: dict[int, tuple[Described, list[int]]] = {}
+def _by_adapter(rows: SingleRows) -> list[tuple[AdapterDescriptor, list[int]]]:
+    found: dict[int, tuple[AdapterDescriptor, list[int]]] = {}
     for row, adapter in enumerate(rows.adapters):
         if adapter is not None:
             found.setdefault(id(adapter), (adapter, []))[1].append(row)

@@ -10,8 +10,8 @@ from torch.nn import functional
 from luthier.core.shapes import read_shape
 from luthier.methods import discover, method_of_artifact
 from luthier_cpu.decode import linear as packed_linear
-from luthier_cpu.decode.adapter import can_lay_out, lay_out
-from luthier_cpu.decode.batch import Stretch
+from luthier_cpu.decode.adapter import can_pack_adapter, pack_adapter
+from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.decode.batch_layout import PAGE_SIZE
 from luthier_cpu.decode.linear import PackedLinear
 from luthier_cpu.decode.llama import PackedLlama, can_pack_llama
@@ -59,7 +59,7 @@ def test_a_base_is_packed_only_where_every_part_is_known(tmp_path: Path, name: s
     with torch.inference_mode():
         expected_TV = model(torch.tensor([IDS])).logits[0]
     packed = PackedLlama(model, num_pages=8)
-    logits_1V = packed.step([Stretch(IDS, 0, PAGES)]).held_RV.float()
+    logits_1V = packed.step([Chunk(IDS, 0, PAGES)]).held_RV.float()
     torch.testing.assert_close(logits_1V[0], expected_TV[-1], atol=1e-4, rtol=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_weights_are_never_in_memory_twice_while_a_base_is_packed(
     base_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_plain(base_folder).to(dtype)
-    lay, held = WeightMemory.lay, []
+    lay, held = WeightMemory.pack, []
 
     def count(memory: WeightMemory, *weights: torch.Tensor) -> PackedLinear:
         linears = [one for name, one in model.model.layers.named_parameters() if "norm" not in name]
@@ -97,14 +97,14 @@ def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
         # As long sequences do.
         packed.ops.max_alone = 4
     parts = method.read_parts(artifact.folder, read_shape(base_folder))
-    assert parts is not None and can_lay_out(parts, packed)
-    adapter = lay_out(parts, packed, weights.__getitem__)
+    assert parts is not None and can_pack_adapter(parts, packed)
+    adapter = pack_adapter(parts, packed, weights.__getitem__)
     with torch.inference_mode():
         attached = method.load(load_plain(base_folder), artifact.folder)
         expected_TV = method.logits(attached, torch.tensor([IDS]))[0]
     start = adapter.num_virtual_tokens
     if adapter.embeddings_ND is not None:
-        packed.step([Stretch(adapter.embeddings_ND, 0, PAGES, wants_logits=False)])
+        packed.step([Chunk(adapter.embeddings_ND, 0, PAGES, wants_logits=False)])
         adapter.take_key_values(*packed.pages.read(PAGES, start))
     if adapter.keys_NLHC is not None and adapter.values_NLHC is not None:
         positions = torch.arange(start)
@@ -112,7 +112,7 @@ def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
         packed.pages.write_all(pages, positions % PAGE_SIZE, adapter.keys_NLHC, adapter.values_NLHC)
     cuts = [0, 7, 8, 9, 21, 22, 38, 39, 40]
     for begin, end in itertools.pairwise(cuts):
-        stretch = Stretch(IDS[begin:end], start + begin, PAGES, adapter.described)
-        logits_1V = packed.step([stretch]).held_RV.float()
+        chunk = Chunk(IDS[begin:end], start + begin, PAGES, adapter.descriptor)
+        logits_1V = packed.step([chunk]).held_RV.float()
         torch.testing.assert_close(logits_1V[0], expected_TV[end - 1], atol=2e-4, rtol=1e-4)
     assert adapter.num_bytes > 0

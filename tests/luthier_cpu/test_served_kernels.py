@@ -9,8 +9,8 @@ from luthier_cpu.decode.batch_layout import (
     FEED_FORWARD_IN,
     FEED_FORWARD_OUT,
     PAGE_SIZE,
+    AdapterDescriptor,
     BottleneckSite,
-    Described,
     HeadShape,
     LowRankSite,
     Pages,
@@ -53,10 +53,10 @@ def test_low_ranks_of_rows_are_those_of_plain_operators(size: int, ranks: tuple[
         factor_O = draw(outputs, seed=seed + 2).float().abs() if has_factor else None
         return LowRankSite(a_RK, to_blocks(b_RO), factor_O)
 
-    def adapter(rank: int, seed: int, *, has_factor: bool) -> Described:
+    def adapter(rank: int, seed: int, *, has_factor: bool) -> AdapterDescriptor:
         gate = site(feed_forward, size, rank, seed, has_factor=has_factor)
         down = site(size, feed_forward, rank, seed + 10, has_factor=has_factor)
-        return Described([[None, None, None, None, gate, None, down]], [[None, None]])
+        return AdapterDescriptor([[None, None, None, None, gate, None, down]], [[None, None]])
 
     first, second = adapter(ranks[0], 1, has_factor=False), adapter(ranks[1], 40, has_factor=True)
     rows = SingleRows([first, None, second, first])
@@ -83,8 +83,8 @@ def test_bottlenecks_of_rows_are_those_of_plain_operators(size: int, middle: int
         down_M, up_D = draw(middle, seed=seed + 2).float(), draw(size, seed=seed + 3).float()
         return BottleneckSite(down_MD, down_M, to_blocks(up_MD), up_D, activation, is_parallel)
 
-    serial = Described([[None] * 7], [[site(1, is_parallel=False), None]])
-    parallel = Described([[None] * 7], [[site(9, is_parallel=True), None]])
+    serial = AdapterDescriptor([[None] * 7], [[site(1, is_parallel=False), None]])
+    parallel = AdapterDescriptor([[None] * 7], [[site(9, is_parallel=True), None]])
     rows = SingleRows([serial, parallel, None])
     input_ND, before_ND = draw(3, size, seed=70), draw(3, size, seed=71)
     found_ND, expected_ND = before_ND.clone(), before_ND.clone()

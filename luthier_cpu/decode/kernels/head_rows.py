@@ -213,7 +213,7 @@ def weigh_columns(_context, scores, num_keys, highest, totals, factors, weights)
 
 
 @intrinsic
-def lay_columns(_context, first, second, num_first, num_second, size, target, stride):
+def pack_columns(_context, first, second, num_first, num_second, size, target, stride):
     """Write two pages of 16 rows of bfloat16 as columns of 32, so many bytes apart.
 
     `size`, of a row, is a multiple of 16. Rows after the first so many of a page become zeros.

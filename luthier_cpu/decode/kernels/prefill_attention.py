@@ -1,9 +1,9 @@
-"""The compiled attention of stretches of tokens to all of their sequences so far, in pairs.
+"""The compiled attention of chunks of tokens to all of their sequences so far, in pairs.
 
 Keys are taken some at a time and the sums are rescaled as larger scores come (Milakov and Gimelshein 2018,
 arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135), so nothing grows with the sequence. Queries are the
 columns: a score tile has a key in each row, so the largest score and the sum of weights of 16 queries are
-sums of rows. Key heads, and parts of a stretch's queries, are shared out among the threads.
+sums of rows. Key heads, and parts of a chunk's queries, are shared out among the threads.
 
 Legend: C head size, Q queries of a block, 16.
 """
@@ -29,18 +29,18 @@ from luthier_cpu.codegen.vectors import ask_behind
 from luthier_cpu.decode.batch_layout import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
 from luthier_cpu.decode.kernels.head_rows import (
     copy_row,
-    lay_columns,
+    pack_columns,
     transpose_pairs,
     transpose_scaled,
     turn_row,
     weigh_columns,
 )
-from luthier_cpu.gemm.amx_gemm import (
+from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
+from luthier_cpu.gemm.tiled_gemm import (
     multiply_four_blocks,
     multiply_tile,
     sums_of_panel,
 )
-from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
 
 _QUERIES = 16
 _LOWEST = np.float32(-np.inf)
@@ -81,10 +81,10 @@ def _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
 
 
 @inlined
-def _lay_queries(qkv_at, first_row, some, num_blocks, heads, tables, scale, room, last_keys, data):
+def _pack_queries(qkv_at, first_row, some, num_blocks, heads, tables, scale, room, last_keys, data):
     """Lay the queries of some blocks, and note the last key that each may see.
 
-    Queries of a token stand side by side; those after a stretch's last repeat it. `room` is where the blocks
+    Queries of a token stand side by side; those after a chunk's last repeat it. `room` is where the blocks
     go, and where one may lie until then.
     """
     num_queries, position, head, num_columns, groups, size = heads
@@ -127,7 +127,7 @@ def _ask_for_keys(key_pages, value_pages, own_pages, first_key, num_keys, head, 
 
 
 @inlined
-def _lay_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at):
+def _pack_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at):
     """Lay the values of some keys as columns, zeros after the last; `head` is the key head and how many there
     are."""
     for step in range(num_steps):
@@ -138,7 +138,7 @@ def _lay_values(value_pages, own_pages, first_key, num_seen, num_steps, head, si
         if num_left > PAGE_SIZE:
             place = own_pages[first_page + 1] * head[1] + head[0]
             second_at = value_pages + place * PAGE_SIZE * size * 2
-        lay_columns(
+        pack_columns(
             first_at, second_at, num_left, num_left - PAGE_SIZE, size,
             turned_at + step * 2 * PAGE_SIZE * 2, ATTENTION_KEYS * 2,
         )  # fmt: skip
@@ -204,13 +204,13 @@ def _share_out(queries_at, size):
 
 
 @Kernel
-def attend_stretches(data):
-    """Let the tokens of stretches [first row, tokens, first position] attend; keys are in their pages."""
+def prefill_attention(data):
+    """Let the tokens of chunks [first row, tokens, first position] attend; keys are in their pages."""
     table = open_table(data)
-    num_stretches, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
+    num_chunks, num_kv_heads, groups, size = table[2], table[3], table[4], table[5]
     scale, max_pages, num_parts, num_rows = number(table[6]), table[7], table[8], table[9]
     num_columns = (groups + 2) * num_kv_heads * size
-    stretches = carray(at_int64(table[11]), (num_stretches, 3))
+    chunks = carray(at_int64(table[11]), (num_chunks, 3))
     pages_NW = carray(at_int64(table[12]), (num_rows, max_pages))
     tables, key_pages, value_pages = (table[13], table[14]), table[15], table[16]
     qkv_at, out_at = table[10], table[17]
@@ -222,11 +222,11 @@ def attend_stretches(data):
     factors_at = last_at + ATTENTION_BLOCKS * _QUERIES * 8
     factors = carray(at_float32(factors_at), _QUERIES)
     sums_at = sums_of_panel()
-    begin, end = share(table, num_stretches * num_kv_heads * num_parts)
+    begin, end = share(table, num_chunks * num_kv_heads * num_parts)
     for item in range(begin, end):
         part, head = item % num_parts, (item // num_parts % num_kv_heads, num_kv_heads)
-        stretch = item // num_parts // num_kv_heads
-        first_row, num_tokens, position = stretches[stretch, 0], stretches[stretch, 1], stretches[stretch, 2]
+        chunk = item // num_parts // num_kv_heads
+        first_row, num_tokens, position = chunks[chunk, 0], chunks[chunk, 1], chunks[chunk, 2]
         heads = (num_tokens * groups, position, head[0], num_columns, groups, size)
         own_pages = pages_NW[first_row + num_tokens - 1]
         num_blocks = (num_tokens * groups + _QUERIES - 1) // _QUERIES
@@ -235,7 +235,7 @@ def attend_stretches(data):
             num_some = min(ATTENTION_BLOCKS, last_block - some)
             # Nothing is mixed yet, and there is room.
             room = (queries_at, mixed_at)
-            _lay_queries(qkv_at, first_row, some, num_some, heads, tables, scale, room, last_keys, data)
+            _pack_queries(qkv_at, first_row, some, num_some, heads, tables, scale, room, last_keys, data)
             _begin_blocks(num_some, size, mixed, state_at)
             num_keys = last_keys[num_some * _QUERIES - 1] + 1
             for first_key in range(0, num_keys, ATTENTION_KEYS):
@@ -245,7 +245,7 @@ def attend_stretches(data):
                 num_steps = (num_pages + 1) // 2
                 next_key = first_key + ATTENTION_KEYS
                 _ask_for_keys(key_pages, value_pages, own_pages, next_key, num_keys, head, size)
-                _lay_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at)
+                _pack_values(value_pages, own_pages, first_key, num_seen, num_steps, head, size, turned_at)
                 for block in range(num_some):
                     own_last = carray(at_int64(last_at + block * _QUERIES * 8), _QUERIES)
                     # Pages after the last query of a block are none of its own.

@@ -1,7 +1,7 @@
-"""The compiled low-rank updates of stretches of tokens, each with an adapter of its own, in pairs.
+"""The compiled low-rank updates of chunks of tokens, each with an adapter of its own, in pairs.
 
 An adapter lies as the kernels of single rows read it (batch_layout.py). Its ranks are laid into tiles as they
-are used, which costs less than one block of 16 tokens; its outputs are read as they lie. Pairs of a stretch
+are used, which costs less than one block of 16 tokens; its outputs are read as they lie. Pairs of a chunk
 and a site are shared out among the threads.
 """
 
@@ -18,17 +18,17 @@ from luthier_cpu.codegen.numba_kernel import (
     share,
     thread_number,
 )
-from luthier_cpu.decode.batch_layout import STRETCH_BLOCK, STRETCH_RANK
+from luthier_cpu.decode.batch_layout import PREFILL_BLOCK, PREFILL_RANK
 from luthier_cpu.decode.kernels.low_rank_updates import add_pairs_to_rows
-from luthier_cpu.gemm.amx_gemm import (
+from luthier_cpu.gemm.bf16_gemm import round_lanes
+from luthier_cpu.gemm.panel_blocks import pack_pairs
+from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
+from luthier_cpu.gemm.tiled_gemm import (
     multiply_tile,
     sums_of_panel,
 )
-from luthier_cpu.gemm.bf16_gemm import round_lanes
-from luthier_cpu.gemm.panel_blocks import lay_pairs
-from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
 
-_MIDDLE_BYTES = STRETCH_BLOCK * STRETCH_RANK * 2
+_MIDDLE_BYTES = PREFILL_BLOCK * PREFILL_RANK * 2
 _LINE = 64
 
 
@@ -38,17 +38,17 @@ def floats_of_low_rank(num_inputs: int) -> int:
 
 
 @inlined
-def _lay_ranks(a_at, num_ranks, size, tiles_at):
+def _pack_ranks(a_at, num_ranks, size, tiles_at):
     """Lay up to 16 rows [ranks, K] into tiles, a tile for 32 inputs; further rows repeat the last."""
     for first in range(0, size, TILE_INPUTS):
-        lay_pairs(a_at + first * 2, size * 2, num_ranks, tiles_at + first * TILE_ROWS * 2, _LINE)
+        pack_pairs(a_at + first * 2, size * 2, num_ranks, tiles_at + first * TILE_ROWS * 2, _LINE)
 
 
 @inlined
 def _fill_middle(a_at, num_ranks, size, x_at, num_tokens, tiles_at, sums_at, middle_at, width):
-    """Write the products of up to `STRETCH_BLOCK` tokens with all ranks; 16 ranks at a time."""
+    """Write the products of up to `PREFILL_BLOCK` tokens with all ranks; 16 ranks at a time."""
     for first_rank in range(0, width, TILE_ROWS):
-        _lay_ranks(a_at + first_rank * size * 2, min(TILE_ROWS, num_ranks - first_rank), size, tiles_at)
+        _pack_ranks(a_at + first_rank * size * 2, min(TILE_ROWS, num_ranks - first_rank), size, tiles_at)
         for row in range(0, num_tokens, TILE_ROWS):
             num_rows = min(TILE_ROWS, num_tokens - row)
             rows_at = x_at + row * size * 2
@@ -59,29 +59,29 @@ def _fill_middle(a_at, num_ranks, size, x_at, num_tokens, tiles_at, sums_at, mid
 
 
 @Kernel
-def add_low_rank_stretches(data):
-    """Add `B (A x)` to the columns of each site of each stretch [address, first token, tokens]; bfloat16."""
+def prefill_lora(data):
+    """Add `B (A x)` to the columns of each site of each chunk [address, first token, tokens]; bfloat16."""
     table = open_table(data)
-    num_stretches, size, width, num_sites, first_entry = table[2], table[3], table[4], table[5], table[6]
+    num_chunks, size, width, num_sites, first_entry = table[2], table[3], table[4], table[5], table[6]
     x_at, out_at = table[7], table[8]
-    stretches = carray(at_int64(table[9]), (num_stretches, 3))
+    chunks = carray(at_int64(table[9]), (num_chunks, 3))
     widths = carray(at_int64(table[10]), num_sites)
     middle_at = table[11] + thread_number(table) * table[12] * 4
     tiles_at = middle_at + _MIDDLE_BYTES
     sums_at = sums_of_panel()
-    begin, end = share(table, num_stretches * num_sites)
+    begin, end = share(table, num_chunks * num_sites)
     for item in range(begin, end):
         number, site = item // num_sites, item % num_sites
-        entries = carray(at_int64(stretches[number, 0] + (first_entry + 4 * site) * 8), 4)
+        entries = carray(at_int64(chunks[number, 0] + (first_entry + 4 * site) * 8), 4)
         num_ranks, num_outputs, column = entries[2], widths[site], 0
         if num_ranks == 0:
             continue
         for before in range(site):
             column += widths[before]
         middle_width = (num_ranks + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
-        for first in range(0, stretches[number, 2], STRETCH_BLOCK):
-            num_tokens = min(STRETCH_BLOCK, stretches[number, 2] - first)
-            token = stretches[number, 1] + first
+        for first in range(0, chunks[number, 2], PREFILL_BLOCK):
+            num_tokens = min(PREFILL_BLOCK, chunks[number, 2] - first)
+            token = chunks[number, 1] + first
             rows_at = x_at + token * size * 2
             _fill_middle(
                 entries[0], num_ranks, size, rows_at, num_tokens, tiles_at, sums_at,

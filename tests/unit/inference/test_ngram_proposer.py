@@ -18,7 +18,7 @@ from luthier.inference.engine.sequence import (
     SequenceEvent,
 )
 from luthier.inference.engine.step import BatchExecutor
-from luthier_cpu.decode.batch import Stretch
+from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.gemm.products import can_tile
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import greedy, load_plain, pack
@@ -286,11 +286,11 @@ def test_guesses_that_can_not_be_run_end_nobodys_answer(
     executor = make_executor(base_folder, max_draft_tokens=7)
     step, failures = executor.runner.model.step, []
 
-    def failing(stretches: list[Stretch], **how: object) -> object:
-        if any(one.by_rows for one in stretches):
-            failures.append(len(stretches))
+    def failing(chunks: list[Chunk], **how: object) -> object:
+        if any(one.by_rows for one in chunks):
+            failures.append(len(chunks))
             raise RuntimeError("the guess is broken")
-        return step(stretches, **how)  # type: ignore[arg-type]
+        return step(chunks, **how)  # type: ignore[arg-type]
 
     monkeypatch.setattr(executor.runner.model, "step", failing)
     asked = [ask(plain(NUM_TOKENS)) for _ in range(2)]

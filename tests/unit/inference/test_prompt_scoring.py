@@ -159,9 +159,9 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(
     good, good_events = ask(models[1], PROMPTS[1], 4, 1)
     step = executor.runner.model.step
 
-    def poisoned(stretches: Any, **how: Any) -> Logits:
-        logits: Logits = step(stretches, **how)
-        if stretches[0].adapter is executor.runner._adapters[models[0].adapter.adapter].described:
+    def poisoned(chunks: Any, **how: Any) -> Logits:
+        logits: Logits = step(chunks, **how)
+        if chunks[0].adapter is executor.runner._adapters[models[0].adapter.adapter].descriptor:
             logits.held_RV[1] = torch.nan
         return logits
 

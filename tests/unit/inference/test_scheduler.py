@@ -25,7 +25,7 @@ from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.verification.checks import verify_adapter
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, RunnerLimits
-from luthier_cpu.decode.batch import Stretch
+from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.decode.logits import Logits
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
@@ -235,7 +235,7 @@ def test_a_long_prompt_runs_in_chunks_while_others_answer_and_short_ones_go_befo
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "stretches"),
+    ("num_tokens", "chunk_sizes"),
     [
         (LONG + 1, [LONG + 1]),
         (SHORT, [SHORT]),
@@ -250,12 +250,12 @@ def test_a_long_prompt_runs_in_chunks_while_others_answer_and_short_ones_go_befo
     ],
 )
 def test_a_prompt_is_run_at_once_or_in_chunks_and_its_rest_at_once(
-    base_folder: Path, models: list[Model], num_tokens: int, stretches: list[int]
+    base_folder: Path, models: list[Model], num_tokens: int, chunk_sizes: list[int]
 ) -> None:
     executor, seen = make_executor(base_folder, models), []
     step = executor.runner.model.step
 
-    def see(work: list[Stretch], **options: Any) -> Logits:
+    def see(work: list[Chunk], **options: Any) -> Logits:
         seen.extend(len(one) for one in work)
         return step(work, **options)
 
@@ -264,7 +264,7 @@ def test_a_prompt_is_run_at_once_or_in_chunks_and_its_rest_at_once(
     asked.sequence.prompt_ids = PROMPTS[4][:num_tokens]
     executor.scheduler.add(asked.sequence)
     run_dry(executor)
-    assert seen == stretches
+    assert seen == chunk_sizes
 
 
 def test_a_long_prompt_is_not_passed_over_for_ever(base_folder: Path, models: list[Model]) -> None:
@@ -297,12 +297,12 @@ def test_a_sequence_that_fails_in_a_step_fails_alone(
     bad, good = ask(models[1], 1), ask(models[2], 1)
     step = executor.runner.model.step
 
-    def failing(stretches: Any, **how: Any) -> Any:
+    def failing(chunks: Any, **how: Any) -> Any:
         assert models[1].adapter is not None
-        described = executor.runner._adapters[models[1].adapter.adapter].described
-        if any(one.adapter is described for one in stretches):
+        descriptor = executor.runner._adapters[models[1].adapter.adapter].descriptor
+        if any(one.adapter is descriptor for one in chunks):
             raise RuntimeError("the adapter is broken")
-        return step(stretches, **how)
+        return step(chunks, **how)
 
     monkeypatch.setattr(executor.runner.model, "step", failing)
     for asked in (bad, good):

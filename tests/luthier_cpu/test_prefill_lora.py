@@ -1,4 +1,4 @@
-"""Low-rank updates of stretches of tokens are the same in tiles or pairs as in torch's operators."""
+"""Low-rank updates of chunks of tokens are the same in tiles or pairs as in torch's operators."""
 
 import pytest
 import torch
@@ -8,10 +8,10 @@ from luthier_cpu.decode.batch_layout import (
     ATTENTION_OUT,
     FEED_FORWARD_IN,
     FEED_FORWARD_OUT,
-    Described,
+    AdapterDescriptor,
+    ChunkRows,
     HeadShape,
     LowRankSite,
-    StretchRows,
 )
 from luthier_cpu.decode.blocks import to_blocks
 from luthier_cpu.decode.ops import CompiledOps
@@ -30,7 +30,7 @@ def draw(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def make_adapter(ranks: list[int], seed: int, *, has_factors: bool = False) -> Described:
+def make_adapter(ranks: list[int], seed: int, *, has_factors: bool = False) -> AdapterDescriptor:
     """Return two layers, the sites' ranks in turn, 0 for a site without an update."""
     layers: list[list[LowRankSite | None]] = []
     for layer in range(2):
@@ -42,7 +42,7 @@ def make_adapter(ranks: list[int], seed: int, *, has_factors: bool = False) -> D
             factor_O = draw(outputs, seed=own + 70).abs() if has_factors else None
             sites.append(LowRankSite(a_RK, b, factor_O) if rank else None)
         layers.append(sites)
-    return Described(layers, [[None, None]] * 2)
+    return AdapterDescriptor(layers, [[None, None]] * 2)
 
 
 ADAPTERS = {
@@ -64,7 +64,7 @@ def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num
     # Two single rows come first.
     ends = [2 + sum(lengths[: number + 1]) for number in range(len(names))]
     tokens = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
-    stretches = StretchRows(adapters, tokens, [0] * len(names))
+    chunks = ChunkRows(adapters, tokens, [0] * len(names))
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -77,8 +77,8 @@ def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num
                 x_NK = draw(ends[-1] + 1, INPUTS[sites.start], seed=layer).bfloat16()
                 out_NO = draw(len(x_NK), sum(WIDTHS[sites]), seed=9).bfloat16()
                 expected_NO, first_NO = out_NO.clone(), out_NO.clone()
-                PlainOps(SHAPE, WIDTHS).add_stretches(expected_NO, x_NK, stretches, layer, sites)
-                ops.add_stretches(out_NO, x_NK, stretches, layer, sites)
+                PlainOps(SHAPE, WIDTHS).add_low_rank_to_chunks(expected_NO, x_NK, chunks, layer, sites)
+                ops.add_low_rank_to_chunks(out_NO, x_NK, chunks, layer, sites)
                 torch.testing.assert_close(out_NO, expected_NO, rtol=2e-2, atol=6e-2)
                 gap = (out_NO.float() - expected_NO.float()).abs().mean()
                 assert gap < 0.02 * (expected_NO.float() - first_NO.float()).abs().mean()
@@ -90,9 +90,9 @@ def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num
 
 def test_what_is_no_number_stays_visible() -> None:
     ops = CompiledOps(SHAPE, WIDTHS, torch.empty(1, dtype=torch.bfloat16), 1024)
-    stretches = StretchRows([ADAPTERS["sixteen"]()], [slice(0, 20)], [0])
+    chunks = ChunkRows([ADAPTERS["sixteen"]()], [slice(0, 20)], [0])
     x_NK, out_NO = draw(20, SIZE, seed=1).bfloat16(), torch.zeros(20, 160, dtype=torch.bfloat16)
     x_NK[4, 7] = float("nan")
-    ops.add_stretches(out_NO, x_NK, stretches, 0, ATTENTION_IN)
+    ops.add_low_rank_to_chunks(out_NO, x_NK, chunks, 0, ATTENTION_IN)
     assert out_NO[4].isnan().all()
     assert out_NO[[*range(4), *range(5, 20)]].isfinite().all()

@@ -13,14 +13,14 @@ from luthier.core.shapes import read_shape
 from luthier.methods import method_of_artifact
 from luthier_cpu.codegen.openmp import Program
 from luthier_cpu.decode import decode_graph as packed_program
-from luthier_cpu.decode.adapter import PackedAdapter, lay_out
-from luthier_cpu.decode.batch import Stretch
+from luthier_cpu.decode.adapter import PackedAdapter, pack_adapter
+from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.decode.batch_layout import (
     ATTENTION_IN,
     ATTENTION_OUT,
     FEED_FORWARD_IN,
     FEED_FORWARD_OUT,
-    Described,
+    AdapterDescriptor,
     LowRankSite,
     region_entry,
 )
@@ -63,22 +63,22 @@ def adapters(tmp_path: Path, base_folder: Path, base: PackedLlama) -> list[Packe
         folder = build_method_artifact(tmp_path / str(number), base_folder, tuning, seed=number).folder
         parts = method_of_artifact(folder).read_parts(folder, read_shape(base_folder))
         assert parts is not None
-        laid_out.append(lay_out(parts, base, lambda name: weights[name]))
+        laid_out.append(pack_adapter(parts, base, lambda name: weights[name]))
     return laid_out
 
 
-def make_step(seed: int, num_rows: int, adapters: list[PackedAdapter]) -> list[Stretch]:
+def make_step(seed: int, num_rows: int, adapters: list[PackedAdapter]) -> list[Chunk]:
     """Return rows of random tokens, lengths and adapters, none among them."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.randint(0, 2**31, (num_rows, 3), generator=generator).tolist()
-    mixed = [None, *(one.described for one in adapters)]
+    mixed = [None, *(one.descriptor for one in adapters)]
     return [
-        Stretch([token % 40], first % 40, [3 * row, 3 * row + 1, 3 * row + 2], mixed[which % len(mixed)])
+        Chunk([token % 40], first % 40, [3 * row, 3 * row + 1, 3 * row + 2], mixed[which % len(mixed)])
         for row, (token, first, which) in enumerate(draws)
     ]
 
 
-def run_both_ways(base: PackedLlama, step: list[Stretch]) -> tuple[torch.Tensor, torch.Tensor]:
+def run_both_ways(base: PackedLlama, step: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a step's logits as a program, and as single launches on the same pages."""
     keys, values = base.pages.keys.clone(), base.pages.values.clone()
     programs = base._programs
@@ -110,13 +110,13 @@ def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[
 def test_last_tokens_say_alone_what_they_say_among_all(
     base: PackedLlama, adapters: list[PackedAdapter]
 ) -> None:
-    """Of rows and stretches that are laid in another order than given, each with weights of its own."""
+    """Of rows and chunks that are laid in another order than given, each with weights of its own."""
     lengths = (1, 5, 20, 1, 2, 9, 33)
-    mixed = [None, *(one.described for one in adapters)]
+    mixed = [None, *(one.descriptor for one in adapters)]
 
-    def step(*, wants_all: bool) -> list[Stretch]:
+    def step(*, wants_all: bool) -> list[Chunk]:
         return [
-            Stretch(
+            Chunk(
                 [(7 * row + 3 * place) % 40 for place in range(length)],
                 0,
                 [3 * row, 3 * row + 1, 3 * row + 2],
@@ -143,14 +143,14 @@ def test_threads_meet_only_where_one_reads_what_another_wrote(
     programs = base._programs
     assert programs is not None
     step = [
-        Stretch([3], 5, [3 * row, 3 * row + 1], adapters[0].described if row else None)
+        Chunk([3], 5, [3 * row, 3 * row + 1], adapters[0].descriptor if row else None)
         for row in range(num_rows)
     ]
     base.step(step)
     [program] = programs._programs.values()
     # A row's updates and what follows on that row; attention where both threads have as many rows.
     assert len(program) - program._meets.sum() == num_fewer * base.num_layers
-    plain = [Stretch([3], 5, [3 * row, 3 * row + 1]) for row in range(num_rows)]
+    plain = [Chunk([3], 5, [3 * row, 3 * row + 1]) for row in range(num_rows)]
     base.step(plain)
     assert all(programs._programs[(num_rows, False, False, True)]._meets)
 
@@ -161,18 +161,18 @@ def test_rows_of_one_sequence_say_what_each_says_a_step_later(
 ) -> None:
     programs = base._programs
     assert programs is not None
-    for count, adapter in ((2, None), (5, adapters[0].described), (8, adapters[1].described)):
+    for count, adapter in ((2, None), (5, adapters[0].descriptor), (8, adapters[1].descriptor)):
         # Across the border of a page, and beside a row of another sequence.
         tokens = [(7 * number + 3) % 40 for number in range(count)]
-        beside = Stretch([3], 20, [8, 9])
-        longer = Stretch(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
+        beside = Chunk([3], 20, [8, 9])
+        longer = Chunk(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
         assert programs.can_run([beside, longer])
         told = base.step([beside, longer])
         together = told.held_RV.float().clone()
         assert told.best == together.argmax(dim=-1).tolist()
         alone = []
         for number, token in enumerate(tokens):
-            rows = [Stretch([3], 20, [8, 9]), Stretch([token], 14 + number, [0, 1, 2], adapter)]
+            rows = [Chunk([3], 20, [8, 9]), Chunk([token], 14 + number, [0, 1, 2], adapter)]
             found = base.step(rows).held_RV.float().clone()
             alone.append(found[1])
             assert gap(found[0], together[0]) < 0.02
@@ -189,16 +189,16 @@ def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_rows_of_one_sequence_attend_when_all_are_in_their_pages(base: PackedLlama) -> None:
     programs = base._programs
     assert programs is not None
-    base.step([Stretch([3, 4, 5, 6], 14, [0, 1, 2], num_first_logits=3, by_rows=True)])
+    base.step([Chunk([3, 4, 5, 6], 14, [0, 1, 2], num_first_logits=3, by_rows=True)])
     [program] = programs._programs.values()
     assert len(program) == base.num_layers * 9 + 3 and all(program._meets)
     with pytest.raises(ValueError, match="wants the logits"):
-        base.step([Stretch([3, 4], 14, [0, 1, 2], by_rows=True)])
+        base.step([Chunk([3, 4], 14, [0, 1, 2], by_rows=True)])
 
 
 @pytest.fixture
 def wide_base() -> PackedLlama:
-    """A base with heads that the kernels of stretches take."""
+    """A base with heads that the kernels of chunks take."""
     config = LlamaConfig(
         vocab_size=70,
         hidden_size=96,
@@ -216,7 +216,7 @@ def wide_base() -> PackedLlama:
     return base
 
 
-def make_adapter(base: PackedLlama, rank: int, seed: int) -> Described:
+def make_adapter(base: PackedLlama, rank: int, seed: int) -> AdapterDescriptor:
     generator = torch.Generator().manual_seed(seed)
     inputs = (96, 96, 96, 96, 96, 96, 160)
 
@@ -227,7 +227,7 @@ def make_adapter(base: PackedLlama, rank: int, seed: int) -> Described:
         return LowRankSite(draw(rank, width), to_blocks(draw(rank, outputs)))
 
     layers = [list(map(site, inputs, base.site_widths)) for _ in range(2)]
-    return Described(layers, [[None, None]] * 2)
+    return AdapterDescriptor(layers, [[None, None]] * 2)
 
 
 @pytest.mark.usefixtures("num_threads")
@@ -243,22 +243,22 @@ def test_steps_with_stretches_are_programs_and_agree(
 
     monkeypatch.setattr(Program, "run", count)
     adapters = [None, make_adapter(wide_base, 4, 1), make_adapter(wide_base, 20, 2)]
-    stretches = [
-        Stretch(list(range(9)), 5, [150, 151], adapters[1]),
-        Stretch(list(range(20)), 0, [152, 153], None, wants_all_logits=True),
-        Stretch(list(range(33)), 3, [154, 155, 156], adapters[2], num_first_logits=2),
+    chunks = [
+        Chunk(list(range(9)), 5, [150, 151], adapters[1]),
+        Chunk(list(range(20)), 0, [152, 153], None, wants_all_logits=True),
+        Chunk(list(range(33)), 3, [154, 155, 156], adapters[2], num_first_logits=2),
     ]
-    rows = [Stretch([token], 3 * token, [token, 40 + token], adapters[token % 3]) for token in range(1, 5)]
-    for number, step in enumerate((stretches, [*rows, *stretches], [*stretches, *rows])):
+    rows = [Chunk([token], 3 * token, [token, 40 + token], adapters[token % 3]) for token in range(1, 5)]
+    for number, step in enumerate((chunks, [*rows, *chunks], [*chunks, *rows])):
         as_program, launched = run_both_ways(wide_base, step)
         assert torch.equal(as_program, launched)
         assert len(runs) == number + 1
 
 
 def test_a_last_token_after_a_stretch_sees_it_as_it_would_a_step_later(wide_base: PackedLlama) -> None:
-    described, tokens = make_adapter(wide_base, 4, 3), list(range(1, 22))
-    begin = Stretch(tokens[:-1], 2, [150, 151], described, wants_logits=False, num_first_logits=2)
-    last = Stretch(tokens[-1:], 22, [150, 151], described)
+    descriptor, tokens = make_adapter(wide_base, 4, 3), list(range(1, 22))
+    begin = Chunk(tokens[:-1], 2, [150, 151], descriptor, wants_logits=False, num_first_logits=2)
+    last = Chunk(tokens[-1:], 22, [150, 151], descriptor)
     wide_base.pages.keys.zero_()
     wide_base.pages.values.zero_()
     together = wide_base.step([begin, last]).held_RV.float().clone()
@@ -274,19 +274,19 @@ def test_steps_whose_adapters_are_not_all_kernels_are_launched(
     runs: list[Program] = []
     monkeypatch.setattr(Program, "run", lambda program: runs.append(program))  # noqa: PLW0108
     tokens = list(range(9))
-    wide_base.step([Stretch(tokens, 5, [150, 151], make_adapter(wide_base, 132, 4))])
+    wide_base.step([Chunk(tokens, 5, [150, 151], make_adapter(wide_base, 132, 4))])
     assert not runs
-    wide_base.step([Stretch(tokens, 5, [150, 151], make_adapter(wide_base, 128, 4))])
+    wide_base.step([Chunk(tokens, 5, [150, 151], make_adapter(wide_base, 128, 4))])
     assert len(runs) == 1
 
 
 def test_an_adapter_tells_where_what_is_read_together_lies(adapters: list[PackedAdapter]) -> None:
-    described = adapters[0].described
-    assert described is not None
-    for layer, all_sites in enumerate(described.low_ranks):
+    descriptor = adapters[0].descriptor
+    assert descriptor is not None
+    for layer, all_sites in enumerate(descriptor.low_ranks):
         for group in (ATTENTION_IN, ATTENTION_OUT, FEED_FORWARD_IN, FEED_FORWARD_OUT):
             entry = region_entry(layer, group)
-            begin, num_bytes = described.table[entry : entry + 2].tolist()
+            begin, num_bytes = descriptor.table[entry : entry + 2].tolist()
             sites = [site for site in all_sites[group] if site is not None]
             if not sites:
                 assert (begin, num_bytes) == (0, 0)
@@ -318,7 +318,7 @@ def test_a_program_does_not_outlive_the_memory_it_works_in(
         base.step(step)
         first = dict(programs._programs)
         torch.set_num_threads(4)
-        base.step([Stretch([3, 4, 5], 0, [150], adapters[0].described)])
+        base.step([Chunk([3, 4, 5], 0, [150], adapters[0].descriptor)])
         torch.set_num_threads(2)
         as_program, launched = run_both_ways(base, step)
         assert torch.equal(as_program, launched)
@@ -329,7 +329,7 @@ def test_a_program_does_not_outlive_the_memory_it_works_in(
 
 def test_a_base_leaves_the_memory_when_nobody_names_it(base_folder: Path) -> None:
     base = PackedLlama(load_plain(base_folder).bfloat16(), num_pages=4)
-    base.step([Stretch([3], 0, [1])])
+    base.step([Chunk([3], 0, [1])])
     seen, weights = weakref.ref(base), weakref.ref(base._head)
     gc.disable()
     try:
@@ -353,14 +353,14 @@ def test_only_a_few_programs_are_kept(
 
 
 def test_other_steps_are_no_programs(base: PackedLlama) -> None:
-    programs, one = base._programs, Stretch([3], 0, [0])
+    programs, one = base._programs, Chunk([3], 0, [0])
     assert programs is not None
     assert programs.can_run([one] * packed_program.MAX_ROWS)
     assert not programs.can_run([one] * (packed_program.MAX_ROWS + 1))
-    assert not programs.can_run([one, Stretch([3, 4], 0, [1])])
-    assert not programs.can_run([one, Stretch([3], 0, [1], wants_logits=False)])
-    few = Stretch([3, 4], 0, [1], num_first_logits=1, by_rows=True)
+    assert not programs.can_run([one, Chunk([3, 4], 0, [1])])
+    assert not programs.can_run([one, Chunk([3], 0, [1], wants_logits=False)])
+    few = Chunk([3, 4], 0, [1], num_first_logits=1, by_rows=True)
     assert programs.can_run([few] * (packed_program.MAX_ROWS // 2))
     assert not programs.can_run([one, *[few] * (packed_program.MAX_ROWS // 2)])
-    assert not programs.can_run([Stretch([3, 4], 0, [1], by_rows=True)])
+    assert not programs.can_run([Chunk([3, 4], 0, [1], by_rows=True)])
     assert not programs.can_run([])

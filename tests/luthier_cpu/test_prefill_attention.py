@@ -1,11 +1,11 @@
-"""Stretches that attend in tiles or pairs say what a softmax in float64 says."""
+"""Chunks that attend in tiles or pairs say what a softmax in float64 says."""
 
 import math
 
 import pytest
 import torch
 
-from luthier_cpu.decode.batch_layout import PAGE_SIZE, HeadShape, Pages, StretchRows, token_rows, turn
+from luthier_cpu.decode.batch_layout import PAGE_SIZE, ChunkRows, HeadShape, Pages, token_rows, turn
 from luthier_cpu.decode.ops import CompiledOps
 from luthier_cpu.gemm.products import has_tiles
 
@@ -35,14 +35,14 @@ def test_what_is_no_number_stays_visible_and_what_is_hidden_counts_for_nothing()
     shape, like = make_shape(1, 2, 32), torch.empty(1, dtype=torch.bfloat16)
     pages = Pages(num_layers=1, num_pages=2, num_kv_heads=1, head_size=32, like=like)
     tokens = token_rows([(0, 20, [1, 0])], device=torch.device("cpu"), num_attending=0, are_alone=False)
-    rows = StretchRows([None], [slice(0, 20)], [0])
+    rows = ChunkRows([None], [slice(0, 20)], [0])
     ops = CompiledOps(shape, (*shape.widths, 32, 32, 32, 32), like, 8)
     qkv_NE = torch.randn(20, sum(shape.widths), generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def attend(changed_NE: torch.Tensor) -> torch.Tensor:
         out_NK = torch.zeros(20, 64, dtype=torch.bfloat16)
         ops.attend(changed_NE, tokens, pages, 0, out_NK)
-        ops.attend_stretches(changed_NE, tokens, rows, pages, 0, out_NK)
+        ops.attend_chunks(changed_NE, tokens, rows, pages, 0, out_NK)
         return out_NK
 
     sound_NK = attend(qkv_NE)
@@ -65,11 +65,11 @@ def test_what_is_no_number_stays_visible_and_what_is_hidden_counts_for_nothing()
 @pytest.mark.parametrize(
     ("num_kv_heads", "groups", "size"), [(3, 3, 64), (1, 1, 32), (2, 5, 96), (1, 8, 128)]
 )
-@pytest.mark.parametrize("stretches", [[(0, 2)], [(0, 300)], [(7, 20), (130, 64), (0, 16), (500, 33)]])
+@pytest.mark.parametrize("chunks", [[(0, 2)], [(0, 300)], [(7, 20), (130, 64), (0, 16), (500, 33)]])
 def test_tokens_mix_what_a_plain_softmax_mixes(
-    num_kv_heads: int, groups: int, size: int, stretches: list[tuple[int, int]], num_threads: int
+    num_kv_heads: int, groups: int, size: int, chunks: list[tuple[int, int]], num_threads: int
 ) -> None:
-    generator = torch.Generator().manual_seed(len(stretches))
+    generator = torch.Generator().manual_seed(len(chunks))
     shape = make_shape(num_kv_heads, groups, size)
     like = torch.empty(1, dtype=torch.bfloat16)
     pages = Pages(num_layers=1, num_pages=NUM_PAGES, num_kv_heads=num_kv_heads, head_size=size, like=like)
@@ -77,28 +77,28 @@ def test_tokens_mix_what_a_plain_softmax_mixes(
     pages.keys.fill_(float("nan"))
     pages.values.fill_(float("nan"))
     free = torch.randperm(NUM_PAGES, generator=generator).tolist()
-    owned = [[free.pop() for _ in range(-(-(first + count) // PAGE_SIZE))] for first, count in stretches]
-    for (first, _), own in zip(stretches, owned, strict=True):
+    owned = [[free.pop() for _ in range(-(-(first + count) // PAGE_SIZE))] for first, count in chunks]
+    for (first, _), own in zip(chunks, owned, strict=True):
         positions = torch.arange(first)
         before = torch.randn(2, first, num_kv_heads, size, generator=generator)
         pages.write(0, torch.tensor(own)[positions // PAGE_SIZE], positions % PAGE_SIZE, *before.bfloat16())
-    places = [(first, count, own) for (first, count), own in zip(stretches, owned, strict=True)]
+    places = [(first, count, own) for (first, count), own in zip(chunks, owned, strict=True)]
     tokens = token_rows(places, device=torch.device("cpu"), num_attending=0, are_alone=False)
     qkv_NE = torch.randn(len(tokens), sum(shape.widths), generator=generator).bfloat16()
-    ends = torch.tensor([count for _, count in stretches]).cumsum(0).tolist()
-    slices = [slice(end - count, end) for end, (_, count) in zip(ends, stretches, strict=True)]
-    rows = StretchRows([None] * len(places), slices, [first for first, _ in stretches])
+    ends = torch.tensor([count for _, count in chunks]).cumsum(0).tolist()
+    slices = [slice(end - count, end) for end, (_, count) in zip(ends, chunks, strict=True)]
+    rows = ChunkRows([None] * len(places), slices, [first for first, _ in chunks])
     out_NK = torch.full((len(tokens), shape.widths[0]), float("nan"), dtype=torch.bfloat16)
     before_threads = torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
         ops = CompiledOps(shape, (*shape.widths, size, size, size, size), like, 8)
-        assert ops._attend_stretches is not None
+        assert ops._prefill_attention is not None
         ops.attend(qkv_NE, tokens, pages, 0, out_NK)
-        ops.attend_stretches(qkv_NE, tokens, rows, pages, 0, out_NK)
+        ops.attend_chunks(qkv_NE, tokens, rows, pages, 0, out_NK)
     finally:
         torch.set_num_threads(before_threads)
-    for own_slice, (first, count), own in zip(slices, stretches, owned, strict=True):
+    for own_slice, (first, count), own in zip(slices, chunks, owned, strict=True):
         keys, values = pages.gather(0, torch.tensor(own), first + count)
         expected_TK = expected(shape, qkv_NE[own_slice], first, keys, values)
         gap = (out_NK[own_slice].double() - expected_TK).abs().max()
