@@ -1,8 +1,12 @@
 """The processor's own instructions, as LLVM names them or as text: for pairs of bfloat16."""
 
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: ARG005
+
 from typing import Any
 
 from llvmlite import binding, ir
+from numba.extending import overload
 
 from luthier_cpu.codegen.memory_access import (
     HAS_PAIRS,
@@ -33,8 +37,18 @@ STEP_BYTES = PANEL_OUTPUTS // TILE_ROWS * TILE_BYTES
 
 
 def takes_pairs(like: Any) -> bool:
-    """Whether what a kernel's pointer is to is multiplied by pairs here, and adapters lie in pairs."""
+    """Whether what a kernel's pointer is to is multiplied by pairs here; adapters are stored so."""
     return is_bfloat16(like) and HAS_PAIRS
+
+
+def are_paired(data):
+    """Return what `takes_pairs` does, within a kernel."""
+
+
+@overload(are_paired, inline="always")
+def _are_paired_overload(data):
+    found = takes_pairs(data)
+    return lambda data: found
 
 
 _PAIRS = ir.VectorType(BFloat16(), 2 * LANES)

@@ -193,6 +193,19 @@ def loop(
     return index, held
 
 
+def for_count(builder: ir.IRBuilder, count: ir.Value, most: int, emit: Callable[[int], None]) -> None:
+    """Emit code for each number from 1 to the most; that of `count` runs."""
+    after = builder.append_basic_block()
+    blocks = [builder.append_basic_block() for _ in range(most)]
+    switch = builder.switch(count, blocks[-1])
+    for number, block in enumerate(blocks, 1):
+        switch.add_case(I64(number), block)
+        builder.position_at_end(block)
+        emit(number)
+        builder.branch(after)
+    builder.position_at_end(after)
+
+
 def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
     """Return the sum of a vector's 16 numbers, halves added to halves."""
     for step in (8, 4, 2, 1):

@@ -29,6 +29,7 @@ from luthier_cpu.codegen.memory_access import (
     lanes_below,
     loop,
     multiply_add,
+    prefetch,
 )
 
 # Sums that are kept at a time: as many as hide the time that one multiplication takes.
@@ -57,7 +58,7 @@ def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
     return shuffled(parts, parts, [0, 4, 8, 12])
 
 
-def _emit_dots(
+def emit_dots(
     builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], num_others: int, rows: Memory, other: Memory
 ) -> None:
     """Emit the products of four rows with each of some vectors; each row is read once."""
@@ -146,29 +147,7 @@ def dot_rows(_context, first, num_rows, x, size, out, like):
     return types.int64(*[types.int64] * 5, like), generate
 
 
-def _dots_with(num_others: int) -> Any:
-    @intrinsic
-    def dots(_context, first, stride, x, x_stride, size, out, out_stride, like):
-        """Write the products of four rows with each of some vectors, which are float32."""
-
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-            other = Memory(builder, is_bfloat16=False)
-            _emit_dots(builder, tuple(arguments[:7]), num_others, rows, other)
-            return ir.Constant(I64, 0)
-
-        return types.int64(*[types.int64] * 7, like), generate
-
-    return dots
-
-
-# By how many vectors: each keeps four sums, 16 in all, for which AVX-512 has the registers.
-dot_four_rows_with_1, dot_four_rows_with_2, dot_four_rows_with_3, dot_four_rows_with_4 = (
-    _dots_with(number) for number in (1, 2, 3, 4)
-)
-
-
-def _emit_additions(
+def emit_additions(
     builder: ir.IRBuilder, arguments: tuple[ir.Value, ...], num_outs: int, rows: Memory
 ) -> None:
     """Emit the additions of rows, each times a factor, to each of some vectors; each row is read once."""
@@ -218,30 +197,10 @@ def add_rows(_context, first, stride, factors, num_rows, out, size, like):
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         first, stride, factors, num_rows, out, size = arguments[:6]
         places = (first, stride, factors, I64(0), num_rows, out, I64(0), size)
-        _emit_additions(builder, places, 1, Memory(builder, is_bfloat16=is_bfloat16(like)))
+        emit_additions(builder, places, 1, Memory(builder, is_bfloat16=is_bfloat16(like)))
         return ir.Constant(I64, 0)
 
     return types.int64(*[types.int64] * 6, like), generate
-
-
-def _additions_to(num_outs: int) -> Any:
-    @intrinsic
-    def additions(_context, first, stride, factors, factors_stride, num_rows, out, out_stride, size, like):
-        """Add rows to each of some vectors of float32, each row times a factor for each vector."""
-
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-            _emit_additions(builder, tuple(arguments[:8]), num_outs, rows)
-            return ir.Constant(I64, 0)
-
-        return types.int64(*[types.int64] * 8, like), generate
-
-    return additions
-
-
-add_rows_to_1, add_rows_to_2, add_rows_to_3, add_rows_to_4 = (
-    _additions_to(number) for number in (1, 2, 3, 4)
-)
 
 
 @intrinsic
@@ -271,37 +230,28 @@ def highest_of(_context, numbers, count):
     return types.float32(types.int64, types.int64), generate
 
 
-@intrinsic
-def ask_for(_context, place, num_lines):
-    """Ask for lines of memory, of 64 bytes, that are read soon."""
+def _prefetching(*, is_nearest: bool) -> Any:
+    @intrinsic
+    def ask(_context, place, num_lines):
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            place, num_lines = arguments
+            machine = Machine(builder)
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        lines = Memory(builder, is_bfloat16=False)
+            def one(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+                address = builder.add(place, builder.mul(line, I64(4 * LANES)))
+                if is_nearest:
+                    prefetch(builder, machine.pointer(address))
+                else:
+                    machine.prefetch_behind(address)
+                return []
 
-        def ask(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            lines.prefetch(arguments[0], index)
-            return []
+            loop(builder, I64(0), num_lines, 1, [], one)
+            return ir.Constant(I64, 0)
 
-        num_numbers = builder.mul(arguments[1], I64(LANES))
-        loop(builder, I64(0), num_numbers, LANES, [], ask)
-        return ir.Constant(I64, 0)
+        return types.int64(types.int64, types.int64), generate
 
-    return types.int64(types.int64, types.int64), generate
+    return ask
 
 
-@intrinsic
-def ask_behind(_context, place, num_lines):
-    """Ask for lines of memory, of 64 bytes, that are read later, into the cache behind the nearest."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        place, num_lines = arguments
-        machine = Machine(builder)
-
-        def ask(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            machine.prefetch_behind(builder.add(place, builder.mul(line, I64(4 * LANES))))
-            return []
-
-        loop(builder, I64(0), num_lines, 1, [], ask)
-        return ir.Constant(I64, 0)
-
-    return types.int64(types.int64, types.int64), generate
+# Prefetch lines of memory, of 64 bytes: into the nearest cache, or into the second one what is read later.
+prefetch_lines, prefetch_lines_behind = _prefetching(is_nearest=True), _prefetching(is_nearest=False)

@@ -24,7 +24,7 @@ from luthier_cpu.codegen.numba_kernel import (
     open_table,
     share,
 )
-from luthier_cpu.codegen.vectors import ask_for
+from luthier_cpu.codegen.vectors import prefetch_lines
 from luthier_cpu.gemm.panel_blocks import (
     finish_1_row,
     finish_8_rows,
@@ -140,7 +140,7 @@ def _multiply_rows(
         # What is laid out next is asked for meanwhile, some by each block.
         block += 1
         while asked < min(num_ahead, num_ahead * block // num_blocks):
-            ask_for(ahead_at + asked * ahead_stride, (num_pairs + 15) // 16)
+            prefetch_lines(ahead_at + asked * ahead_stride, (num_pairs + 15) // 16)
             asked += 1
         if row + BLOCK_ROWS > end_row and begin_row + BLOCK_ROWS <= end_row and is_first and is_last:
             # Some rows are made again, the same; a sum that goes on must not be.

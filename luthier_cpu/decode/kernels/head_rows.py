@@ -62,36 +62,41 @@ def copy_row(_context, source, target, size, like):
     return types.int64(types.int64, types.int64, types.int64, like), generate
 
 
+def emit_turn(
+    builder: ir.IRBuilder, places: list[ir.Value], rows: Memory, targets: Memory, *, is_inverse: bool = False
+) -> None:
+    """Emit the turning of the pairs (c, c + half) of a row by float32 angles, times a factor."""
+    source, target, cosine, sine, half, scale = places
+    angles = Memory(builder, is_bfloat16=False)
+
+    def turned(lanes: int) -> Body:
+        factor = broadcast(builder, scale) if lanes > 1 else scale
+
+        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            other = builder.add(index, half)
+            first, second = rows.load(source, index, lanes), rows.load(source, other, lanes)
+            cosines, sines = angles.load(cosine, index, lanes), angles.load(sine, index, lanes)
+            if is_inverse:
+                sines = builder.fneg(sines)
+            crossed = builder.fmul(second, sines)
+            one = multiply_add(builder, first, cosines, builder.fneg(crossed))
+            two = multiply_add(builder, second, cosines, builder.fmul(first, sines))
+            targets.store(builder.fmul(one, factor), target, index)
+            targets.store(builder.fmul(two, factor), target, other)
+            return []
+
+        return body
+
+    index, _ = loop(builder, I64(0), half, LANES, [], turned(LANES))
+    loop(builder, index, half, 1, [], turned(1))
+
+
 def _turning(*, is_inverse: bool) -> Any:
     @intrinsic
     def turn(_context, source, target, cosine, sine, half, scale, like):
-        """Turn the pairs (c, c + half) of a row by the float32 angles of its position, times a factor."""
-
         def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            source, target, cosine, sine, half, scale = arguments[:6]
             rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-            angles = Memory(builder, is_bfloat16=False)
-
-            def turned(lanes: int) -> Body:
-                factor = broadcast(builder, scale) if lanes > 1 else scale
-
-                def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                    other = builder.add(index, half)
-                    first, second = rows.load(source, index, lanes), rows.load(source, other, lanes)
-                    cosines, sines = angles.load(cosine, index, lanes), angles.load(sine, index, lanes)
-                    if is_inverse:
-                        sines = builder.fneg(sines)
-                    crossed = builder.fmul(second, sines)
-                    one = multiply_add(builder, first, cosines, builder.fneg(crossed))
-                    two = multiply_add(builder, second, cosines, builder.fmul(first, sines))
-                    rows.store(builder.fmul(one, factor), target, index)
-                    rows.store(builder.fmul(two, factor), target, other)
-                    return []
-
-                return body
-
-            index, _ = loop(builder, I64(0), half, LANES, [], turned(LANES))
-            loop(builder, index, half, 1, [], turned(1))
+            emit_turn(builder, list(arguments[:6]), rows, rows, is_inverse=is_inverse)
             return ir.Constant(I64, 0)
 
         return types.int64(*[types.int64] * 5, types.float32, like), generate
@@ -99,24 +104,8 @@ def _turning(*, is_inverse: bool) -> Any:
     return turn
 
 
+# Turn a row by the angles of its position (Su et al. 2021, arXiv 2104.09864), and back.
 turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
-
-
-@intrinsic
-def transpose_pairs(_context, source, source_stride, target):
-    """Write 16 rows of 16 pairs of bfloat16, so many bytes apart, as 16 columns, one row after the other."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        source, stride, target = arguments
-        # What is moved are 32 bits, whatever they mean.
-        floats = Memory(builder, is_bfloat16=False)
-        starts = [builder.add(source, builder.mul(stride, I64(row))) for row in range(LANES)]
-        rows = [builder.bitcast(floats.load(start, I64(0), LANES), WIDE_BITS) for start in starts]
-        for row, column in enumerate(transposed(builder, rows)):
-            floats.store(builder.bitcast(column, VECTOR), target, I64(LANES * row))
-        return I64(0)
-
-    return types.int64(types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

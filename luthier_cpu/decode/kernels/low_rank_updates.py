@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier_cpu.codegen.instructions import BITS, SUMS, Machine
+from luthier_cpu.codegen.instructions import BITS, SUMS, Machine, takes_pairs
 from luthier_cpu.codegen.memory_access import I64, LANES, Body, Memory, lanes_below, loop
 from luthier_cpu.codegen.vectors import sum_four
 from luthier_cpu.decode.blocks import BLOCK
@@ -30,14 +30,16 @@ _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
 
 @intrinsic
-def dot_fours(_context, first, num_rows, x, size, out):
+def dot_fours(_context, first, num_rows, x, size, out, like):
     """Write the products of rows of bfloat16, which lie one after the other, with x, as float32.
 
-    Rows are a multiple of 4, their numbers one of 32.
+    Rows are a multiple of 4, their numbers one of 32. Nothing is emitted where kernels multiply no pairs.
     """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, num_rows, x, size, out = arguments
+        first, num_rows, x, size, out = arguments[:5]
+        if not takes_pairs(like):
+            return I64(0)
         machine, floats = Machine(builder), Memory(builder, is_bfloat16=False)
         row_bytes = builder.mul(size, I64(2))
         four_bytes = builder.mul(row_bytes, I64(_FOUR))
@@ -76,14 +78,18 @@ def dot_fours(_context, first, num_rows, x, size, out):
         loop(builder, I64(0), num_rows, _FOUR, [], four_rows)
         return I64(0)
 
-    return types.int64(*[types.int64] * 5), generate
+    return types.int64(*[types.int64] * 5, like), generate
 
 
 def _additions(doc: str, *, is_alone: bool) -> Any:
     @intrinsic
-    def add(_context, blocks, num_ranks, x, x_stride, num_rows, out, out_stride, num_columns, factors, bias):
+    def add(
+        _context, blocks, num_ranks, x, x_stride, num_rows, out, out_stride, num_columns, factors, bias, like
+    ):
         def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            *places, factors, bias = arguments
+            *places, factors, bias = arguments[:10]
+            if not takes_pairs(like):
+                return I64(0)
             sizes = (1,) if is_alone else (_FOUR, 1)
             zero = I64(0)
             with builder.if_else(builder.icmp_signed("!=", factors, zero)) as (are_scaled, others):
@@ -96,7 +102,7 @@ def _additions(doc: str, *, is_alone: bool) -> Any:
                         _emit_additions(builder, places, sizes, factors=None, bias=None)
             return I64(0)
 
-        return types.int64(*[types.int64] * 10), generate
+        return types.int64(*[types.int64] * 10, like), generate
 
     add.__doc__ = doc
     return add

@@ -5,14 +5,12 @@ bfloat16 products are those of pairs where the processor has these (decode/kerne
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
-# ruff: noqa: ARG001, ARG005
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import numpy as np
 from numba import carray
-from numba.extending import overload
 
-from luthier_cpu.codegen.instructions import takes_pairs
+from luthier_cpu.codegen.instructions import are_paired
 from luthier_cpu.codegen.memory_access import LANES, item_size
 from luthier_cpu.codegen.numba_kernel import (
     Kernel,
@@ -26,66 +24,17 @@ from luthier_cpu.codegen.numba_kernel import (
     open_table,
     share,
     thread_number,
-    wide,
 )
-from luthier_cpu.codegen.vectors import (
-    add_rows_to_1,
-    add_rows_to_2,
-    add_rows_to_3,
-    add_rows_to_4,
-    ask_behind,
-    dot_four_rows_with_1,
-    dot_four_rows_with_2,
-    dot_four_rows_with_3,
-    dot_four_rows_with_4,
-    highest_of,
-)
+from luthier_cpu.codegen.vectors import highest_of, prefetch_lines_behind
 from luthier_cpu.decode.batch_layout import MAX_QUERIES
 from luthier_cpu.decode.kernels.head_rows import copy_row, turn_row
-from luthier_cpu.decode.kernels.row_attention import (
-    add_values_to_1,
-    add_values_to_2,
-    add_values_to_3,
-    add_values_to_4,
-    score_keys_with_1,
-    score_keys_with_2,
-    score_keys_with_3,
-    score_keys_with_4,
-)
+from luthier_cpu.decode.kernels.row_attention import add_values, score_keys, turn_query
 from luthier_cpu.gemm.bf16_gemm import round_lanes
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS
 
 # How far ahead of their use pages are asked for; measured. The processor foresees nothing of what lies in
 # pages, and its nearest cache waits for too few lines at a time to have them come as fast as memory gives.
 _AHEAD_BYTES = 1 << 16
-
-
-def _turn_query(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
-    """Write a query turned by its position, times a scale: as it is held if taken by pairs, else float32."""
-
-
-@inlined
-def _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data):
-    source, target = carray(at(source_at, data), 2 * half), carray(at_float32(target_at), 2 * half)
-    cosine, sine = carray(at_float32(cosine_at), half), carray(at_float32(sine_at), half)
-    for c in range(half):
-        low, high = wide(source[c]), wide(source[half + c])
-        target[c] = (low * cosine[c] - high * sine[c]) * scale
-        target[half + c] = (high * cosine[c] + low * sine[c]) * scale
-
-
-@overload(_turn_query, inline="always")
-def _turn_query_overload(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
-    def widened(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
-        _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data)
-
-    def either(by_pairs, source_at, target_at, cosine_at, sine_at, half, scale, data):
-        if by_pairs:
-            turn_row(source_at, target_at, cosine_at, sine_at, half, scale, data)
-        else:
-            _turn_widened(source_at, target_at, cosine_at, sine_at, half, scale, data)
-
-    return either if takes_pairs(data) else widened
 
 
 @inlined
@@ -102,128 +51,23 @@ def _to_weights(scores_at, num_keys):
         scores[j] *= inverse
 
 
-def _are_paired(data):
-    """Whether rows of such numbers, 32 of them or a multiple, attend by pairs."""
-
-
-@overload(_are_paired, inline="always")
-def _are_paired_overload(data):
-    found = takes_pairs(data)
-    return lambda data: found
-
-
-def _score_keys(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
-    """Write the products of four keys with up to `MAX_QUERIES` queries of a key head."""
-
-
-@inlined
-def _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data):
-    if num_queries == 1:
-        dot_four_rows_with_1(keys_at, size, queries_at, size, size, scores_at, stride, data)
-    elif num_queries == 2:
-        dot_four_rows_with_2(keys_at, size, queries_at, size, size, scores_at, stride, data)
-    elif num_queries == 3:
-        dot_four_rows_with_3(keys_at, size, queries_at, size, size, scores_at, stride, data)
-    else:
-        dot_four_rows_with_4(keys_at, size, queries_at, size, size, scores_at, stride, data)
-
-
-@inlined
-def _score_paired(num_queries, keys_at, size, queries_at, scores_at, stride):
-    if num_queries == 1:
-        score_keys_with_1(keys_at, size, queries_at, scores_at, 4 * stride)
-    elif num_queries == 2:
-        score_keys_with_2(keys_at, size, queries_at, scores_at, 4 * stride)
-    elif num_queries == 3:
-        score_keys_with_3(keys_at, size, queries_at, scores_at, 4 * stride)
-    else:
-        score_keys_with_4(keys_at, size, queries_at, scores_at, 4 * stride)
-
-
-@overload(_score_keys, inline="always")
-def _score_keys_overload(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
-    def widened(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
-        _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data)
-
-    def either(by_pairs, num_queries, keys_at, size, queries_at, scores_at, stride, data):
-        if by_pairs:
-            _score_paired(num_queries, keys_at, size, queries_at, scores_at, stride)
-        else:
-            _score_widened(num_queries, keys_at, size, queries_at, scores_at, stride, data)
-
-    return either if takes_pairs(data) else widened
-
-
 @inlined
 def _score_page(by_pairs, num_queries, keys_at, num_keys, size, queries_at, scores_at, scores_stride, data):
     """Write the products of a page's keys with queries."""
     row_bytes = size * item_size(data)
     for four in range(0, num_keys, 4):
-        _score_keys(
+        score_keys(
             by_pairs, num_queries, keys_at + four * row_bytes, size, queries_at, scores_at + 4 * four,
             scores_stride, data,
         )  # fmt: skip
 
 
-def _add_values(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
-    """Add the values of a page to the totals of up to `MAX_QUERIES` queries, each times its weights.
-
-    Weights begin where the page's do, rounded to bfloat16 where they are taken by pairs.
-    """
-
-
 @inlined
-def _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
-    if num_queries == 1:
-        add_rows_to_1(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
-    elif num_queries == 2:
-        add_rows_to_2(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
-    elif num_queries == 3:
-        add_rows_to_3(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
-    else:
-        add_rows_to_4(values_at, size, weights_at, stride, num_values, totals_at, size, size, data)
-
-
-@inlined
-def _add_paired(num_queries, values_at, size, weights_at, stride, num_values, totals_at):
-    if num_queries == 1:
-        add_values_to_1(values_at, size, weights_at, 4 * stride, num_values, totals_at)
-    elif num_queries == 2:
-        add_values_to_2(values_at, size, weights_at, 4 * stride, num_values, totals_at)
-    elif num_queries == 3:
-        add_values_to_3(values_at, size, weights_at, 4 * stride, num_values, totals_at)
-    else:
-        add_values_to_4(values_at, size, weights_at, 4 * stride, num_values, totals_at)
-
-
-@overload(_add_values, inline="always")
-def _add_values_overload(
-    by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data
-):
-    def widened(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
-        _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data)
-
-    def either(by_pairs, num_queries, values_at, size, weights_at, stride, num_values, totals_at, data):
-        if by_pairs:
-            _add_paired(num_queries, values_at, size, weights_at, stride, num_values, totals_at)
-        else:
-            _add_widened(num_queries, values_at, size, weights_at, stride, num_values, totals_at, data)
-
-    return either if takes_pairs(data) else widened
-
-
-def _round_weights(weights_at, num_keys, data):
-    """Write weights where they lie as bfloat16."""
-
-
-@overload(_round_weights, inline="always")
-def _round_weights_overload(weights_at, num_keys, data):
-    def rounded(weights_at, num_keys, data):
-        # Behind those that are rounded with the last there is room, and what lies there is not read.
-        for j in range(0, num_keys, LANES):
-            round_lanes(weights_at + 4 * j, weights_at + 2 * j)
-
-    return rounded if takes_pairs(data) else lambda weights_at, num_keys, data: None
+def _round_weights(weights_at, num_keys):
+    """Round weights to bfloat16, in place."""
+    # There is room behind those that are rounded with the last, and what is written there is not read.
+    for j in range(0, num_keys, LANES):
+        round_lanes(weights_at + 4 * j, weights_at + 2 * j)
 
 
 @inlined
@@ -248,7 +92,7 @@ def _ask_ahead(ahead, last_pair, shape, positions_M, pages_MW, key_pages, value_
     is_value = part >= num_pages
     page, pages = (part - num_pages, value_pages) if is_value else (part, key_pages)
     place, num_bytes = _place_of(row, head, page, shape, pages_MW, data)
-    ask_behind(pages + place, num_bytes // 64)
+    prefetch_lines_behind(pages + place, num_bytes // 64)
     if part + 1 < 2 * num_pages:
         return row, head, part + 1
     return (row, head + 1, 0) if head + 1 < num_kv_heads else (row + 1, 0, 0)
@@ -285,7 +129,7 @@ def _attend(
         own_at = weights_at + 4 * which * longest
         _to_weights(own_at, num_keys)
         if by_pairs:
-            _round_weights(own_at, num_keys, data)
+            _round_weights(own_at, num_keys)
     weight_bytes = item_size(data) if by_pairs else 4
     for page in range(num_pages):
         if asks:
@@ -293,7 +137,7 @@ def _attend(
         place, _ = _place_of(row, head, page, shape, pages_MW, data)
         values_at, factors_at = value_pages + place, weights_at + page * page_size * weight_bytes
         num_seen = min(page_size, num_keys - page * page_size)
-        _add_values(by_pairs, num_queries, values_at, size, factors_at, longest, num_seen, totals_at, data)
+        add_values(by_pairs, num_queries, values_at, size, factors_at, longest, num_seen, totals_at, data)
     return ahead
 
 
@@ -318,7 +162,7 @@ def attend_pages(data):
     weights_at = totals_at + 4 * MAX_QUERIES * size
     totals_C = carray(at_float32(totals_at), MAX_QUERIES * size)
     vector_bytes = size * item_size(data)
-    by_pairs = _are_paired(data) and size % TILE_INPUTS == 0
+    by_pairs = are_paired(data) and size % TILE_INPUTS == 0
     query_bytes = vector_bytes if by_pairs else 4 * size
     shape, room = (num_kv_heads, size, page_size), (queries_at, totals_at, weights_at, longest)
     if table[22] != 0:
@@ -348,7 +192,7 @@ def attend_pages(data):
             for which in range(num_queries):
                 query_at = row_at + (first + which) * vector_bytes
                 target_at = queries_at + which * query_bytes
-                _turn_query(by_pairs, query_at, target_at, cosine_at, sine_at, half, scale, data)
+                turn_query(by_pairs, query_at, target_at, cosine_at, sine_at, half, scale, data)
             ahead = _attend(
                 by_pairs, i, head, end, num_queries, group == 0, ahead, shape, positions_M, pages_MW,
                 key_pages, value_pages, room, data,

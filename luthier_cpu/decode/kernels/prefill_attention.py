@@ -25,16 +25,16 @@ from luthier_cpu.codegen.numba_kernel import (
     share,
     thread_number,
 )
-from luthier_cpu.codegen.vectors import ask_behind
+from luthier_cpu.codegen.vectors import prefetch_lines_behind
 from luthier_cpu.decode.batch_layout import ATTENTION_BLOCKS, ATTENTION_KEYS, PAGE_SIZE
 from luthier_cpu.decode.kernels.head_rows import (
     copy_row,
     pack_columns,
-    transpose_pairs,
     transpose_scaled,
     turn_row,
     weigh_columns,
 )
+from luthier_cpu.gemm.panel_blocks import pack_pairs
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
 from luthier_cpu.gemm.tiled_gemm import (
     multiply_four_blocks,
@@ -43,6 +43,7 @@ from luthier_cpu.gemm.tiled_gemm import (
 )
 
 _QUERIES = 16
+_LINE = 64
 _LOWEST = np.float32(-np.inf)
 
 
@@ -102,7 +103,7 @@ def _pack_queries(qkv_at, first_row, some, num_blocks, heads, tables, scale, roo
             turn_row(source_at, target_at, tables[0] + angle, tables[1] + angle, half, scale, data)
         block_at = queries_at + block * size * _QUERIES * 2
         for first in range(0, size, TILE_INPUTS):
-            transpose_pairs(turned_at + first * 2, size * 2, block_at + first * _QUERIES * 2)
+            pack_pairs(turned_at + first * 2, size * 2, _QUERIES, block_at + first * _QUERIES * 2, _LINE)
 
 
 @inlined
@@ -122,8 +123,8 @@ def _ask_for_keys(key_pages, value_pages, own_pages, first_key, num_keys, head, 
     head_bytes = PAGE_SIZE * size * 2
     for key in range(first_key, min(first_key + ATTENTION_KEYS, num_keys), PAGE_SIZE):
         place = (own_pages[key // PAGE_SIZE] * head[1] + head[0]) * head_bytes
-        ask_behind(key_pages + place, head_bytes // 64)
-        ask_behind(value_pages + place, head_bytes // 64)
+        prefetch_lines_behind(key_pages + place, head_bytes // 64)
+        prefetch_lines_behind(value_pages + place, head_bytes // 64)
 
 
 @inlined

@@ -89,5 +89,5 @@ def prefill_lora(data):
             )  # fmt: skip
             add_pairs_to_rows(
                 entries[1], num_ranks, middle_at, middle_width * 2, num_tokens,
-                out_at + (token * width + column) * 2, width * 2, num_outputs, entries[3], 0,
+                out_at + (token * width + column) * 2, width * 2, num_outputs, entries[3], 0, data,
             )  # fmt: skip

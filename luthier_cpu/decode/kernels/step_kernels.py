@@ -5,16 +5,14 @@ mix of adapters are one call. Rows are shared out among the threads. How they at
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import math
 
 import numpy as np
 from numba import carray
-from numba.extending import overload
 
-from luthier_cpu.codegen.instructions import takes_pairs
+from luthier_cpu.codegen.instructions import are_paired
 from luthier_cpu.codegen.memory_access import item_size
 from luthier_cpu.codegen.numba_kernel import (
     Kernel,
@@ -30,10 +28,7 @@ from luthier_cpu.codegen.numba_kernel import (
     thread_number,
     wide,
 )
-from luthier_cpu.codegen.vectors import (
-    add_rows,
-    dot_rows,
-)
+from luthier_cpu.codegen.vectors import add_rows, dot_rows
 from luthier_cpu.decode.blocks import BLOCK
 from luthier_cpu.decode.kernels.low_rank_updates import add_pairs_to_row, dot_fours
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS
@@ -64,72 +59,55 @@ def add_rms_norm(data):
 
 
 @inlined
-def _widen(source_at, target_at, size, data):
-    """Write numbers as float32."""
-    source, target = carray(at(source_at, data), size), carray(at_float32(target_at), size)
-    for j in range(size):
-        target[j] = wide(source[j])
-
-
 def _dot_rows(first, num_rows, x_at, wide_at, size, out_at, data):
     """Write the products of rows with x, float32 numbers at out; `wide_at` has room for x in float32."""
+    if are_paired(data) and size % TILE_INPUTS == 0:
+        dot_fours(first, num_rows, x_at, size, out_at, data)
+        return
+    source, target = carray(at(x_at, data), size), carray(at_float32(wide_at), size)
+    for j in range(size):
+        target[j] = wide(source[j])
+    dot_rows(first, num_rows, wide_at, size, out_at, data)
 
 
-@overload(_dot_rows, inline="always")
-def _dot_rows_overload(first, num_rows, x_at, wide_at, size, out_at, data):
-    def widened(first, num_rows, x_at, wide_at, size, out_at, data):
-        _widen(x_at, wide_at, size, data)
-        dot_rows(first, num_rows, wide_at, size, out_at, data)
+@inlined
+def _add_widened(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data):
+    sums_at, out = middle_at + num_rows * 4, carray(at(out_at, data), size)
+    sums = carray(at_float32(sums_at), size)
+    for j in range(size):
+        sums[j] = wide(out[j])
+    if bias_at != 0:
+        bias = carray(at_float32(bias_at), size)
+        for j in range(size):
+            sums[j] += bias[j]
+    block_bytes = num_rows * BLOCK * item_size(data)
+    for block in range((size + BLOCK - 1) // BLOCK):
+        begin = block * BLOCK
+        first, num_columns = blocks_at + block * block_bytes, min(BLOCK, size - begin)
+        add_rows(first, BLOCK, middle_at, num_rows, sums_at + begin * 4, num_columns, data)
+    if factors_at != 0:
+        factors = carray(at_float32(factors_at), size)
+        for j in range(size):
+            sums[j] *= factors[j]
+    for j in range(size):
+        out[j] = narrow(sums[j], out)
 
-    def paired(first, num_rows, x_at, wide_at, size, out_at, data):
-        if size % TILE_INPUTS == 0:
-            dot_fours(first, num_rows, x_at, size, out_at)
-        else:
-            _widen(x_at, wide_at, size, data)
-            dot_rows(first, num_rows, wide_at, size, out_at, data)
 
-    return paired if takes_pairs(data) else widened
-
-
+@inlined
 def _add_middle(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data):
     """Add a bias and a matrix in blocks, times float32 numbers, to a row; multiply the sums by factors.
 
     Bias and factors are 0 where there are none. Behind the middle there is room for a row in float32.
     """
-
-
-@overload(_add_middle, inline="always")
-def _add_middle_overload(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data):
-    def widened(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data):
-        sums_at, out = middle_at + num_rows * 4, carray(at(out_at, data), size)
-        sums = carray(at_float32(sums_at), size)
-        for j in range(size):
-            sums[j] = wide(out[j])
-        if bias_at != 0:
-            bias = carray(at_float32(bias_at), size)
-            for j in range(size):
-                sums[j] += bias[j]
-        block_bytes = num_rows * BLOCK * item_size(data)
-        for block in range((size + BLOCK - 1) // BLOCK):
-            begin = block * BLOCK
-            first, num_columns = blocks_at + block * block_bytes, min(BLOCK, size - begin)
-            add_rows(first, BLOCK, middle_at, num_rows, sums_at + begin * 4, num_columns, data)
-        if factors_at != 0:
-            factors = carray(at_float32(factors_at), size)
-            for j in range(size):
-                sums[j] *= factors[j]
-        for j in range(size):
-            out[j] = narrow(sums[j], out)
-
-    def paired(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data):
+    if are_paired(data):
         middle = carray(at_float32(middle_at), num_rows)
         rounded_at = middle_at + num_rows * 4
         rounded = carray(at(rounded_at, data), num_rows)
         for j in range(num_rows):
             rounded[j] = narrow(middle[j], rounded)
-        add_pairs_to_row(blocks_at, num_rows, rounded_at, 0, 1, out_at, 0, size, factors_at, bias_at)
-
-    return paired if takes_pairs(data) else widened
+        add_pairs_to_row(blocks_at, num_rows, rounded_at, 0, 1, out_at, 0, size, factors_at, bias_at, data)
+    else:
+        _add_widened(blocks_at, middle_at, num_rows, out_at, size, factors_at, bias_at, data)
 
 
 @Kernel
