@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from luthier_cpu.codegen.instructions import BITS, LINE_BYTES, SUMS, TILE_BYTES, Machine
+from luthier_cpu.codegen.instructions import BITS, LINE_BYTES, STEP_BYTES, SUMS, TILE_BYTES, Machine
 from luthier_cpu.codegen.memory_access import HALVES, I64, LANES, Body, loop, rounded_bits, to_bfloat16
 
 # How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
@@ -22,7 +22,7 @@ from luthier_cpu.codegen.memory_access import HALVES, I64, LANES, Body, loop, ro
 _STEPS_TOGETHER = 4
 
 
-def emit_rows(
+def _emit_rows(
     builder: ir.IRBuilder,
     operands: tuple[ir.Value, ...],
     *,
@@ -96,6 +96,26 @@ def emit_rows(
     loop(builder, I64(0), num_rows, 1, [], clear)
     last = builder.add(num_steps, I64(_STEPS_TOGETHER - 1))
     loop(builder, I64(0), last, _STEPS_TOGETHER, [], some_steps)
+
+
+def _rows_product(num_tiles: int, step_bytes: int, sizes: tuple[int, ...]) -> Any:
+    @intrinsic
+    def multiply(_context, weights, x, stride, num_steps, num_rows, out):
+        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+            widths = {"num_tiles": num_tiles, "step_bytes": step_bytes, "out_stride": 64 * num_tiles}
+            _emit_rows(builder, arguments, **widths, sizes=sizes)
+            return I64(0)
+
+        return types.int64(*[types.int64] * 6), generate
+
+    return multiply
+
+
+# Write the products of rows with 16 outputs, float32 [rows, 16], a tile for every step: of any rows, and of a
+# multiple of 16.
+multiply_tile, multiply_tile_16_rows = (_rows_product(1, TILE_BYTES, sizes) for sizes in ((16, 4, 1), (16,)))
+# Write the products of rows with the half of a panel that begins at an address, float32 [rows, 32].
+multiply_half_panel = _rows_product(2, STEP_BYTES, (8, 4, 1))
 
 
 def emit_lines(

@@ -13,12 +13,13 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
-from luthier_cpu.codegen.instructions import LINE_BYTES, STEP_BYTES, SUMS, TILE_BYTES, Machine
+from luthier_cpu.codegen.instructions import I8, LINE_BYTES, STEP_BYTES, SUMS, TILE_BYTES, Machine
 from luthier_cpu.codegen.memory_access import I64, LANES, Body, loop
 from luthier_cpu.gemm.bf16_gemm import emit_lines
-from luthier_cpu.gemm.tile_shapes import MOST_ROWS, PANEL_OUTPUTS
+from luthier_cpu.gemm.tile_shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_ROWS
 
 _SIZES = (MOST_ROWS, 4, 2, 1)
 _OUT_BYTES = PANEL_OUTPUTS * 4
@@ -26,41 +27,70 @@ _TILES_OF_PANEL = STEP_BYTES // TILE_BYTES
 # Steps of 32 inputs whose weights stay near while more than `MOST_ROWS` pass by; the next are asked for.
 STEPS_TOGETHER = 3
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
+# Sums of a panel: float32, for 16 rows [16, 64], for 32 rows and half its outputs [32, 32].
+PANEL_SUMS = TILE_ROWS * PANEL_OUTPUTS
+
+# Of what is asked for while a panel is multiplied; a panel with more steps asks for nothing.
+MOST_ADDRESSES = 256
 
 
-def emit_few_rows(builder: ir.IRBuilder, operands: tuple[ir.Value, ...]) -> None:
-    """Emit the products of up to 16 rows with a panel, as float32 [rows, 64].
+@intrinsic
+def sums_of_panel(_context):
+    """Return the address of memory of the kernel's own for a panel's sums."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        memory = cgutils.alloca_once(builder, ir.ArrayType(I8, PANEL_SUMS * 4))
+        memory.align = 64
+        return builder.ptrtoint(memory, I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def addresses_of_steps(_context):
+    """Return the address of memory of the kernel's own: for `MOST_ADDRESSES` addresses."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I64, MOST_ADDRESSES)), I64)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out, asked):
+    """Write the products of up to 16 rows with the panel that begins at an address, float32 [rows, 64].
 
     Up to eight rows take as long as memory, and their weights are read a tile after the other. More take as
     long as their products: two tiles at a time, whose weights serve twice as often, and some steps at a time,
     between which sums stay in registers.
 
-    Args:
-        builder: where the code goes.
-        operands: the panel's address, the rows' and their stride, the steps of 32 inputs,
-            the number of rows, where the products go, and the address of other addresses, 0 for none: of
-            more than eight rows, what lies there, `STEPS_TOGETHER` times `STEP_BYTES`, is asked for during
-            as many steps.
+    A step is of 32 inputs. `asked` is the address of other addresses, 0 for none: of more than eight rows,
+    what begins there, `STEPS_TOGETHER` times `STEP_BYTES`, is prefetched during as many steps.
     """
-    *products, asked = operands
-    num_rows, out = products[4:]
-    machine = Machine(builder)
 
-    def clear(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        for tile in range(_TILES_OF_PANEL):
-            place = builder.add(out, builder.add(builder.mul(row, I64(_OUT_BYTES)), I64(64 * tile)))
-            builder.store(_ZERO, machine.pointer(place, SUMS), align=4)
-        return []
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        *products, asked = arguments
+        num_rows, out = products[4:]
+        machine = Machine(builder)
 
-    loop(builder, I64(0), num_rows, 1, [], clear)
-    with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
-        with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
-            with asking:
-                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
-            with others:
-                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
-        with few:
-            _emit_steps(builder, products, num_tiles=1, num_together=1)
+        def clear(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            for tile in range(_TILES_OF_PANEL):
+                place = builder.add(out, builder.add(builder.mul(row, I64(_OUT_BYTES)), I64(64 * tile)))
+                builder.store(_ZERO, machine.pointer(place, SUMS), align=4)
+            return []
+
+        loop(builder, I64(0), num_rows, 1, [], clear)
+        with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
+            with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
+                with asking:
+                    _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
+                with others:
+                    _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
+            with few:
+                _emit_steps(builder, products, num_tiles=1, num_together=1)
+        return I64(0)
+
+    return types.int64(*[types.int64] * 7), generate
 
 
 def _emit_steps(
@@ -73,7 +103,7 @@ def _emit_steps(
 ) -> None:
     """Emit all products: some steps, and of these some tiles, with all rows before the next.
 
-    `asked` is as `emit_few_rows` takes it, None for none.
+    `asked` is as `multiply_panel` takes it, None for none.
     """
     weights, x, stride, num_steps, num_rows, out = operands
     machine = Machine(builder)

@@ -112,6 +112,11 @@ class PanelProducts:
         out_ND = gradient_NO.new_empty(gradient_NO.shape[0], self._weight_OD.shape[1])
         return self._product(gradient_NO, gradient_NU, None, out_ND, is_backward=True)
 
+    def input_gradients(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of x and of u."""
+        gradient_NU = self.low_rank_gradient(gradient_NO)
+        return self.input_gradient(gradient_NO, gradient_NU), gradient_NU
+
     def update_gradients(
         self,
         gradient_NO: torch.Tensor,

@@ -1,4 +1,4 @@
-"""The compiled product of a step's rows with a weight in tiles (gemm/tiled_gemm.py).
+"""The compiled product of a step's rows with a weight in tiles (gemm/tile_shapes.py).
 
 A decode step has few rows and reads each weight once, so it takes as long as memory does. Panels of outputs
 are shared out among the threads in halves.
@@ -20,20 +20,17 @@ from luthier_cpu.codegen.numba_kernel import (
     open_table,
     share,
 )
-from luthier_cpu.gemm.bf16_gemm import round_lanes
+from luthier_cpu.gemm.bf16_gemm import multiply_half_panel, round_lanes
 from luthier_cpu.gemm.bf16_gemv import (
-    STEPS_TOGETHER,
-    multiply_half_row,
-    multiply_row,
-)
-from luthier_cpu.gemm.tile_shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_INPUTS, TILE_ROWS
-from luthier_cpu.gemm.tiled_gemm import (
     MOST_ADDRESSES,
+    STEPS_TOGETHER,
     addresses_of_steps,
-    multiply_half_panel,
+    multiply_half_row,
     multiply_panel,
+    multiply_row,
     sums_of_panel,
 )
+from luthier_cpu.gemm.tile_shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_INPUTS, TILE_ROWS
 
 _BLOCK_ROWS = 2 * TILE_ROWS
 _HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, STEP_BYTES // 2

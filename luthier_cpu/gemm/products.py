@@ -20,7 +20,7 @@ _LINE = 64
 
 
 class TiledWeight:
-    """A weight in tiles (gemm/tiled_gemm.py), its outputs filled up with zeros to a multiple of 64.
+    """A weight in tiles (gemm/tile_shapes.py), its outputs filled up with zeros to a multiple of 64.
 
     Args:
         weight_OK: bfloat16, K a multiple of 32; copied.

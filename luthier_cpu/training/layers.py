@@ -30,20 +30,20 @@ class NormLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         x_ND = x_ND.contiguous()
         x_NK, inverse_N = kernels.rms_norm(x_ND, weight_D, epsilon, fused.width)
-        u_NR = fused.low_rank(x_NK)
+        u_NR = fused.products.low_rank(x_NK)
         context.fused, context.epsilon = fused, epsilon
         context.save_for_backward(x_ND, weight_D, inverse_N, u_NR)
-        return fused.product(x_NK, u_NR, None)
+        return fused.products.product(x_NK, u_NR, None)
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
         x_ND, weight_D, inverse_N, u_NR = context.saved_tensors
         fused, gradient_NO = context.fused, gradients_out[0]
         if any(context.needs_input_grad[:2]):
-            gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
+            gradient_NK, gradient_u_NR = fused.products.input_gradients(gradient_NO)
         else:
             # The first layer, its embeddings frozen.
-            gradient_u_NR = fused.low_rank_gradient(gradient_NO)
+            gradient_u_NR = fused.products.low_rank_gradient(gradient_NO)
         gradients: list[torch.Tensor] = []
         if fused.parameters:
             x_NK, _ = kernels.rms_norm(x_ND, weight_D, context.epsilon, fused.num_inputs)
@@ -62,7 +62,8 @@ class NormLinear(torch.autograd.Function):
 class LinearAdd(torch.autograd.Function):
     """A fused layer, whose result is added to the residual stream where one is given: x_NK to [N, O].
 
-    x_NK comes with its last columns unwritten, and its gradient is meant in the first D columns.
+    x_NK comes with its last columns unwritten, and only the first D columns of its gradient count. Gated, it
+    is instead [N, 2F], and `silu(gate) * up` is the layer's input.
     """
 
     @staticmethod
@@ -71,53 +72,27 @@ class LinearAdd(torch.autograd.Function):
         x_NK: torch.Tensor,
         residual_NO: torch.Tensor | None,
         fused: FusedLinear,
+        is_gated: bool,
         *parameters: nn.Parameter,  # noqa: ARG004
     ) -> torch.Tensor:
-        u_NR = fused.low_rank(x_NK)
-        context.fused = fused
-        context.save_for_backward(x_NK if fused.parameters else None, u_NR)
-        return fused.product(x_NK, u_NR, residual_NO)
+        hidden_NK = kernels.gated_silu(x_NK, fused.width) if is_gated else x_NK
+        u_NR = fused.products.low_rank(hidden_NK)
+        context.fused, context.is_gated = fused, is_gated
+        context.save_for_backward(x_NK if is_gated or fused.parameters else None, u_NR)
+        return fused.products.product(hidden_NK, u_NR, residual_NO)
 
     @staticmethod
     def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        x_NK, u_NR = context.saved_tensors
+        hidden_NK, u_NR = context.saved_tensors
         fused, gradient_NO = context.fused, gradients_out[0]
-        gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
-        gradients: list[torch.Tensor] = []
-        if x_NK is not None:
-            gradients = fused.parameter_gradients(gradient_NO, x_NK, u_NR, gradient_u_NR)
-        residual = gradient_NO if context.needs_input_grad[1] else None
-        return (gradient_NK, residual, None, *gradients)
-
-
-class GatedLinearAdd(torch.autograd.Function):
-    """`silu(gate) * up`, then a fused layer, then the residual stream where one is given."""
-
-    @staticmethod
-    def forward(
-        context: Any,
-        gate_up_NF: torch.Tensor,
-        residual_NO: torch.Tensor | None,
-        fused: FusedLinear,
-        *parameters: nn.Parameter,  # noqa: ARG004
-    ) -> torch.Tensor:
-        hidden_NK = kernels.gated_silu(gate_up_NF, fused.width)
-        u_NR = fused.low_rank(hidden_NK)
-        context.fused = fused
-        context.save_for_backward(gate_up_NF, u_NR)
-        return fused.product(hidden_NK, u_NR, residual_NO)
-
-    @staticmethod
-    def backward(context: Any, *gradients_out: torch.Tensor) -> tuple[Any, ...]:
-        gate_up_NF, u_NR = context.saved_tensors
-        fused, gradient_NO = context.fused, gradients_out[0]
-        gradient_NK, gradient_u_NR = fused.input_gradient(gradient_NO)
-        gradient_NF, hidden_NF = kernels.gated_silu_backward(gate_up_NF, gradient_NK)
+        to_input, gradient_u_NR = fused.products.input_gradients(gradient_NO)
+        if context.is_gated:
+            to_input, hidden_NK = kernels.gated_silu_backward(hidden_NK, to_input)
         gradients: list[torch.Tensor] = []
         if fused.parameters:
-            gradients = fused.parameter_gradients(gradient_NO, hidden_NF, u_NR, gradient_u_NR)
+            gradients = fused.parameter_gradients(gradient_NO, hidden_NK, u_NR, gradient_u_NR)
         residual = gradient_NO if context.needs_input_grad[1] else None
-        return (gradient_NF, residual, None, *gradients)
+        return (to_input, residual, None, None, *gradients)
 
 
 class FusedBottleneck:

@@ -1,18 +1,14 @@
 """Linear layers that share an input as one product with their low-rank updates, and its gradients.
 
-The plain layers' weights become views of the fused one, so that no weight lies in memory twice. There are two
-ways to multiply: by panels (panel_products.py), and by torch's products anywhere, where the low-rank
-update rides in the same product: the input is widened by `u = x A'`, the weight by `scale * B`, so that the
-forward product gives `x W' + scale u B'` at once, and the backward one the gradients of x and u at once.
-
+The layers' own weights become views of the fused one, so that no weight is in memory twice. There are two
+ways to multiply: by panels (panel_products.py), and by torch's products anywhere, where the low-rank update
+rides in the same product: the input is widened by `u = x A'`, the weight by `scale * B`, so that the forward
+product gives `x W' + scale u B'` at once, and the backward one the gradients of x and u at once.
 Legend: N tokens, D inputs, K inputs as wide as the product takes them (D, and the ranks where they ride
 along), O outputs, R ranks side by side.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,41 +19,97 @@ from luthier_cpu.gemm.panel_products import PanelProducts, Part, can_multiply
 _ALIGN = 32
 
 
-class WideUpdate(NamedTuple):
-    """`scale * b a` beside a layer, as it is trained and where a training step's wide product reads it."""
-
-    a_RK: torch.Tensor
-    b_OR: torch.Tensor
-    scale: float
-    a_place_RK: torch.Tensor
-    b_place_OR: torch.Tensor
-
-
-def widen_low_ranks(updates: Sequence[WideUpdate]) -> None:
-    """Write updates where the wide product reads them, `b` times its scale, in the type that is there."""
-    for update in updates:
-        update.a_place_RK.copy_(update.a_RK)
-        update.b_place_OR.copy_(update.b_OR * update.scale)
-
-
-class FusedLinear(ABC):
-    """Linear layers that share an input.
+class WideProducts:
+    """Torch's products with one weight, its updates riding along; as `PanelProducts`.
 
     Args:
-        layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
+        weight_OK: its columns beyond D, and zeros, take the updates.
+    """
+
+    def __init__(self, weight_OK: torch.Tensor, parts: Sequence[Part], num_inputs: int) -> None:
+        self._weight_OK, self._num_inputs = weight_OK, num_inputs
+        self._a_RD = weight_OK.new_zeros(weight_OK.shape[1] - num_inputs, num_inputs)
+        self._b_OR = weight_OK[:, num_inputs:]
+        # Each part with an update: its `a` and `b`, its scale, and which outputs and ranks are its own.
+        self._updates: list[tuple[torch.Tensor, torch.Tensor, float, slice, slice]] = []
+        output, rank = 0, 0
+        for part in parts:
+            outputs, ranks = slice(output, output + part.num_outputs), slice(rank, rank + part.rank)
+            if part.a_RD is not None and part.b_OR is not None:
+                self._updates.append((part.a_RD, part.b_OR, part.scale, outputs, ranks))
+            output, rank = outputs.stop, ranks.stop
+
+    def widen(self) -> None:
+        """Write the updates where the product reads them, `b` times its scale, in the weight's type."""
+        for a_RD, b_OR, scale, outputs, ranks in self._updates:
+            self._a_RD[ranks].copy_(a_RD)
+            self._b_OR[outputs, ranks].copy_(b_OR * scale)
+
+    def low_rank(self, x_NK: torch.Tensor) -> torch.Tensor | None:
+        """Return u_NR, the products with all updates' `a`, and write it into x's last columns."""
+        if not self._updates:
+            return None
+        u_NR = torch.mm(x_NK[:, : self._num_inputs], self._a_RD.t())
+        x_NK[:, self._num_inputs :] = u_NR
+        return u_NR
+
+    def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
+        """Return the gradient of u alone; None without updates."""
+        return torch.mm(gradient_NO, self._b_OR) if self._updates else None
+
+    def product(
+        self,
+        x_NK: torch.Tensor,
+        u_NR: torch.Tensor | None,  # noqa: ARG002 - it rides in x
+        residual_NO: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return `x W'` with the updates, after `low_rank`, plus a residual."""
+        if residual_NO is None:
+            return torch.mm(x_NK, self._weight_OK.t())
+        return torch.addmm(residual_NO, x_NK, self._weight_OK.t())
+
+    def input_gradients(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the gradients of x, in the first D of K columns, and of u."""
+        gradient_NK = torch.mm(gradient_NO, self._weight_OK)
+        if not self._updates:
+            return gradient_NK, None
+        gradient_u_NR = gradient_NK[:, self._num_inputs :].contiguous()
+        gradient_NK[:, : self._num_inputs].addmm_(gradient_u_NR, self._a_RD)
+        return gradient_NK, gradient_u_NR
+
+    def update_gradients(
+        self, gradient_NO: torch.Tensor, x_ND: torch.Tensor, u_NR: torch.Tensor, gradient_u_NR: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return the gradients of `a` and `b` of every part that has them, in their types."""
+        gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
+        gradient_b_OR = torch.mm(gradient_NO.t(), u_NR)
+        gradients = []
+        for a_RD, b_OR, scale, outputs, ranks in self._updates:
+            gradients.append(gradient_a_RD[ranks].to(a_RD.dtype))
+            gradients.append(gradient_b_OR[outputs, ranks].to(b_OR.dtype).mul_(scale))
+        return gradients
+
+
+class FusedLinear:
+    """Linear layers that share an input, by panels where these are made.
+
+    Args:
+        layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained. Their weights become
+            views of the fused one.
     """
 
     def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
         bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.num_inputs = bases[0].in_features
-        self._parts = _parts(layers, adapter)
-        self.width = self._find_width(sum(part.rank for part in self._parts))
-        self.weight_OK = (
-            bases[0].weight.detach().new_zeros(sum(part.num_outputs for part in self._parts), self.width)
+        parts = [_part(layer, adapter) for layer in layers]
+        are_fit = all(
+            can_multiply(base.weight.detach(), [part]) for base, part in zip(bases, parts, strict=True)
         )
-        self.parameters = [
-            parameter for part in self._parts for parameter in (part.a_RD, part.b_OR) if parameter is not None
-        ]
+        self.num_inputs = bases[0].in_features
+        rank = 0 if are_fit else sum(part.rank for part in parts)
+        self.width = -(-(self.num_inputs + rank) // _ALIGN) * _ALIGN if rank else self.num_inputs
+        num_outputs = sum(part.num_outputs for part in parts)
+        weight_OK = bases[0].weight.detach().new_zeros(num_outputs, self.width)
+        self.parameters = [one for part in parts for one in (part.a_RD, part.b_OR) if one is not None]
         self._trained_outputs: list[slice] = []
         start = 0
         for base in bases:
@@ -66,44 +118,18 @@ class FusedLinear(ABC):
             if base.weight.requires_grad:
                 self.parameters.append(base.weight)
                 self._trained_outputs.append(outputs)
-            own_OD = self.weight_OK[outputs, : self.num_inputs]
+            own_OD = weight_OK[outputs, : self.num_inputs]
             own_OD.copy_(base.weight.detach())
             base.weight.data = own_OD
+        self.products: PanelProducts | WideProducts = (
+            PanelProducts(weight_OK, parts) if are_fit else WideProducts(weight_OK, parts, self.num_inputs)
+        )
 
-    @abstractmethod
-    def _find_width(self, rank: int) -> int:
-        """Return K for so many ranks together."""
-
-    def updates(self) -> list[WideUpdate]:
-        """Return what must be widened (`widen_low_ranks`) after every update and before the next product."""
-        return []
-
-    @abstractmethod
-    def low_rank(self, x_NK: torch.Tensor) -> torch.Tensor | None:
-        """Return u_NR, the product with all updates' first halves, None without updates.
-
-        Columns of the input beyond D are written.
-        """
-
-    @abstractmethod
-    def product(
-        self, x_NK: torch.Tensor, u_NR: torch.Tensor | None, residual_NO: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the layers' result after `low_rank`, plus a residual where one is given."""
-
-    @abstractmethod
-    def input_gradient(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of the input, in the first D of K columns, and of u."""
-
-    @abstractmethod
-    def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
-        """Return the gradient of u alone, where nobody asks for the input's."""
-
-    @abstractmethod
-    def _update_gradients(
-        self, gradient_NO: torch.Tensor, x_ND: torch.Tensor, u_NR: torch.Tensor, gradient_u_NR: torch.Tensor
-    ) -> list[torch.Tensor]:
-        """Return the gradients of the updates' parameters."""
+    def read_updates(self) -> None:
+        """Take the updates as they are now, before the next product."""
+        # Panels read them where they are trained.
+        if isinstance(self.products, WideProducts):
+            self.products.widen()
 
     def parameter_gradients(
         self,
@@ -116,152 +142,16 @@ class FusedLinear(ABC):
         gradients: list[torch.Tensor] = []
         x_ND = x_NK[:, : self.num_inputs]
         if u_NR is not None and gradient_u_NR is not None:
-            gradients += self._update_gradients(gradient_NO, x_ND, u_NR, gradient_u_NR)
+            gradients += self.products.update_gradients(gradient_NO, x_ND, u_NR, gradient_u_NR)
         if self._trained_outputs:
             gradient_OD = torch.mm(gradient_NO.t(), x_ND)
             gradients += [gradient_OD[outputs] for outputs in self._trained_outputs]
         return gradients
 
 
-@dataclass(frozen=True)
-class _Riding:
-    """One layer's update that rides in a product: its parameters, scale, and where they go."""
-
-    a_RD: torch.Tensor
-    b_OR: torch.Tensor
-    scale: float
-    outputs: slice
-    ranks: slice
-
-
-class WideLinear(FusedLinear):
-    """By torch's products, the updates riding along."""
-
-    def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
-        super().__init__(layers, adapter)
-        self.a_RD = self.weight_OK.new_zeros(self.width - self.num_inputs, self.num_inputs)
-        self._riding: list[_Riding] = []
-        output, rank = 0, 0
-        for part in self._parts:
-            outputs, ranks = slice(output, output + part.num_outputs), slice(rank, rank + part.rank)
-            if part.a_RD is not None and part.b_OR is not None:
-                self._riding.append(_Riding(part.a_RD, part.b_OR, part.scale, outputs, ranks))
-            output, rank = outputs.stop, ranks.stop
-
-    def _find_width(self, rank: int) -> int:
-        return self.num_inputs if rank == 0 else -(-(self.num_inputs + rank) // _ALIGN) * _ALIGN
-
-    def updates(self) -> list[WideUpdate]:
-        """Return the low-rank parameters with where they go, in the type of the weights."""
-        columns = self.weight_OK[:, self.num_inputs :]
-        return [
-            WideUpdate(low.a_RD, low.b_OR, low.scale, self.a_RD[low.ranks], columns[low.outputs, low.ranks])
-            for low in self._riding
-        ]
-
-    def low_rank(self, x_NK: torch.Tensor) -> torch.Tensor | None:
-        """Return u_NR, and fill the last columns of the input by it."""
-        if not self._riding:
-            return None
-        u_NR = torch.mm(x_NK[:, : self.num_inputs], self.a_RD.t())
-        x_NK[:, self.num_inputs :] = u_NR
-        return u_NR
-
-    def product(
-        self,
-        x_NK: torch.Tensor,
-        u_NR: torch.Tensor | None,  # noqa: ARG002 - it rides in x
-        residual_NO: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the layers' result."""
-        if residual_NO is None:
-            return torch.mm(x_NK, self.weight_OK.t())
-        return torch.addmm(residual_NO, x_NK, self.weight_OK.t())
-
-    def input_gradient(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of the input, K wide, and of u."""
-        gradient_NK = torch.mm(gradient_NO, self.weight_OK)
-        if not self._riding:
-            return gradient_NK, None
-        gradient_u_NR = gradient_NK[:, self.num_inputs :].contiguous()
-        gradient_NK[:, : self.num_inputs].addmm_(gradient_u_NR, self.a_RD)
-        return gradient_NK, gradient_u_NR
-
-    def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
-        """Return the gradient of u alone."""
-        return torch.mm(gradient_NO, self.weight_OK[:, self.num_inputs :]) if self._riding else None
-
-    def _update_gradients(
-        self, gradient_NO: torch.Tensor, x_ND: torch.Tensor, u_NR: torch.Tensor, gradient_u_NR: torch.Tensor
-    ) -> list[torch.Tensor]:
-        gradient_a_RD = torch.mm(gradient_u_NR.t(), x_ND)
-        gradient_b_OR = torch.mm(gradient_NO.t(), u_NR)
-        gradients = []
-        for low in self._riding:
-            gradients.append(gradient_a_RD[low.ranks].to(low.a_RD.dtype))
-            gradient_OR = gradient_b_OR[low.outputs, low.ranks].to(low.b_OR.dtype)
-            gradients.append(gradient_OR.mul_(low.scale))
-        return gradients
-
-
-class PanelLinear(FusedLinear):
-    """By panels, which read the updates where they are trained."""
-
-    def __init__(self, layers: Sequence[nn.Module], adapter: str) -> None:
-        super().__init__(layers, adapter)
-        self._products = PanelProducts(self.weight_OK, self._parts)
-
-    def _find_width(self, rank: int) -> int:  # noqa: ARG002
-        return self.num_inputs
-
-    def low_rank(self, x_NK: torch.Tensor) -> torch.Tensor | None:
-        """Return u_NR."""
-        return self._products.low_rank(x_NK)
-
-    def product(
-        self, x_NK: torch.Tensor, u_NR: torch.Tensor | None, residual_NO: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the layers' result."""
-        return self._products.product(x_NK, u_NR, residual_NO)
-
-    def input_gradient(self, gradient_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the gradients of the input and of u."""
-        gradient_u_NR = self._products.low_rank_gradient(gradient_NO)
-        return self._products.input_gradient(gradient_NO, gradient_u_NR), gradient_u_NR
-
-    def low_rank_gradient(self, gradient_NO: torch.Tensor) -> torch.Tensor | None:
-        """Return the gradient of u alone."""
-        return self._products.low_rank_gradient(gradient_NO)
-
-    def _update_gradients(
-        self, gradient_NO: torch.Tensor, x_ND: torch.Tensor, u_NR: torch.Tensor, gradient_u_NR: torch.Tensor
-    ) -> list[torch.Tensor]:
-        return self._products.update_gradients(gradient_NO, x_ND, u_NR, gradient_u_NR)
-
-
-def fuse_linear(layers: Sequence[nn.Module], adapter: str) -> FusedLinear:
-    """Return layers that share an input as one product, by panels where these are made.
-
-    Args:
-        layers: PEFT's LoRA layers, or bare linear ones, whose weights may be trained.
-
-    Returns:
-        The fused layer; the plain layers' weights are views of its.
-    """
-    are_fit = all(
-        can_multiply(getattr(layer, "base_layer", layer).weight.detach(), [part])
-        for layer, part in zip(layers, _parts(layers, adapter), strict=True)
-    )
-    return (PanelLinear if are_fit else WideLinear)(layers, adapter)
-
-
-def _parts(layers: Sequence[nn.Module], adapter: str) -> list[Part]:
-    parts = []
-    for layer in layers:
-        num_outputs = getattr(layer, "base_layer", layer).out_features
-        if hasattr(layer, "lora_A"):
-            a_RD, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            parts.append(Part(num_outputs, a_RD, b_OR, float(layer.scaling[adapter])))
-        else:
-            parts.append(Part(num_outputs))
-    return parts
+def _part(layer: nn.Module, adapter: str) -> Part:
+    num_outputs = getattr(layer, "base_layer", layer).out_features
+    if not hasattr(layer, "lora_A"):
+        return Part(num_outputs)
+    a_RD, b_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return Part(num_outputs, a_RD, b_OR, float(layer.scaling[adapter]))

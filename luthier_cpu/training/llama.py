@@ -20,11 +20,10 @@ from luthier_cpu.training.attention import Attention, Heads
 from luthier_cpu.training.layers import (
     BottleneckAdd,
     FusedBottleneck,
-    GatedLinearAdd,
     LinearAdd,
     NormLinear,
 )
-from luthier_cpu.training.linear import FusedLinear, fuse_linear, widen_low_ranks
+from luthier_cpu.training.linear import FusedLinear
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -82,9 +81,6 @@ class FusedLlama:
         self._num_kv_heads = config.num_key_value_heads
         self._head_size = causal_lm.model.layers[0].self_attn.head_dim
         self._blocks = [_build_block(layer, adapter) for layer in causal_lm.model.layers]
-        self._updates = [
-            update for block in self._blocks for fused in block.fused for update in fused.updates()
-        ]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -150,7 +146,8 @@ class FusedLlama:
         turning = self._turning(x_ND, num_before, num_before + num_shared + own_BT.shape[1])
         # As the optimizer left them.
         with torch.no_grad():
-            widen_low_ranks(self._updates)
+            for fused in (fused for block in self._blocks for fused in block.fused):
+                fused.read_updates()
         for number, block in enumerate(self._blocks):
             key, value = (None, None) if pairs is None else pairs[number]
             width = block.attention_out.width
@@ -181,12 +178,12 @@ def _build_block(layer: nn.Module, adapter: str) -> _Block:
     attention, feed_forward = layer.self_attn, layer.mlp
     return _Block(
         input_norm=layer.input_layernorm,
-        attention_in=fuse_linear([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
-        attention_out=fuse_linear([attention.o_proj], adapter),
+        attention_in=FusedLinear([attention.q_proj, attention.k_proj, attention.v_proj], adapter),
+        attention_out=FusedLinear([attention.o_proj], adapter),
         attention_bottleneck=bottlenecks[0],
         feed_forward_norm=layer.post_attention_layernorm,
-        feed_forward_in=fuse_linear([feed_forward.gate_proj, feed_forward.up_proj], adapter),
-        feed_forward_out=fuse_linear([feed_forward.down_proj], adapter),
+        feed_forward_in=FusedLinear([feed_forward.gate_proj, feed_forward.up_proj], adapter),
+        feed_forward_out=FusedLinear([feed_forward.down_proj], adapter),
         feed_forward_bottleneck=bottlenecks[1],
     )
 
@@ -200,20 +197,27 @@ def _attend(
 
 
 def _leave_attention(block: _Block, attended_NK: torch.Tensor, x_ND: torch.Tensor) -> torch.Tensor:
-    fused, bottleneck = block.attention_out, block.attention_bottleneck
-    if bottleneck is None:
-        return LinearAdd.apply(attended_NK, x_ND, fused, *fused.parameters)
-    half_ND = LinearAdd.apply(attended_NK, None, fused, *fused.parameters)
-    return BottleneckAdd.apply(half_ND, x_ND, bottleneck.activation, *bottleneck.parameters)
+    return _add(block.attention_out, block.attention_bottleneck, attended_NK, x_ND, is_gated=False)
 
 
 def _feed_forward(block: _Block, x_ND: torch.Tensor) -> torch.Tensor:
     norm, fused = block.feed_forward_norm, block.feed_forward_in
     gate_up_NF = NormLinear.apply(x_ND, norm.weight, norm.variance_epsilon, fused, *fused.parameters)
-    fused, bottleneck = block.feed_forward_out, block.feed_forward_bottleneck
+    return _add(block.feed_forward_out, block.feed_forward_bottleneck, gate_up_NF, x_ND, is_gated=True)
+
+
+def _add(
+    fused: FusedLinear,
+    bottleneck: FusedBottleneck | None,
+    inner: torch.Tensor,
+    x_ND: torch.Tensor,
+    *,
+    is_gated: bool,
+) -> torch.Tensor:
+    """Add a half of a block, with its bottleneck where it has one, to the residual stream."""
     if bottleneck is None:
-        return GatedLinearAdd.apply(gate_up_NF, x_ND, fused, *fused.parameters)
-    half_ND = GatedLinearAdd.apply(gate_up_NF, None, fused, *fused.parameters)
+        return LinearAdd.apply(inner, x_ND, fused, is_gated, *fused.parameters)
+    half_ND = LinearAdd.apply(inner, None, fused, is_gated, *fused.parameters)
     return BottleneckAdd.apply(half_ND, x_ND, bottleneck.activation, *bottleneck.parameters)
 
 

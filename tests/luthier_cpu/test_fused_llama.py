@@ -11,9 +11,9 @@ from luthier.core.specs import BaseFacts
 from luthier.methods import Attached, Method, Start, Workload
 from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.load import load_base
-from luthier_cpu.gemm.panel_products import has_panels
+from luthier_cpu.gemm.panel_products import PanelProducts, has_panels
 from luthier_cpu.training import attention as fused_attention
-from luthier_cpu.training.linear import PanelLinear, WideLinear
+from luthier_cpu.training.linear import WideProducts
 from luthier_cpu.training.llama import FusedLlama, fuse
 
 METHODS: list[dict[str, Any]] = [
@@ -121,8 +121,8 @@ def test_all_products_in_bfloat16_are_by_panels_where_these_are_made(
     base: Path, kind: str, dtype: torch.dtype
 ) -> None:
     path = fused(*attach(base, dtype, type=kind))
-    kinds = {type(one) for block in path._blocks for one in block.fused}
-    assert kinds == {PanelLinear if dtype == torch.bfloat16 and has_panels() else WideLinear}
+    kinds = {type(one.products) for block in path._blocks for one in block.fused}
+    assert kinds == {PanelProducts if dtype == torch.bfloat16 and has_panels() else WideProducts}
 
 
 def test_tokens_that_are_wanted_must_be_the_rows_own(base: Path) -> None:

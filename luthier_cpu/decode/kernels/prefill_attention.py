@@ -34,13 +34,10 @@ from luthier_cpu.decode.kernels.head_rows import (
     turn_row,
     weigh_columns,
 )
+from luthier_cpu.gemm.bf16_gemm import multiply_tile, multiply_tile_16_rows
+from luthier_cpu.gemm.bf16_gemv import sums_of_panel
 from luthier_cpu.gemm.panel_blocks import pack_pairs
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
-from luthier_cpu.gemm.tiled_gemm import (
-    multiply_four_blocks,
-    multiply_tile,
-    sums_of_panel,
-)
 
 _QUERIES = 16
 _LINE = 64
@@ -72,7 +69,7 @@ def _mix(weights_at, turned_at, size, num_steps, factors, mixed, block, sums_at)
     if size % 64 == 0:
         for first in range(0, size, 64):
             rows_at = turned_at + first * ATTENTION_KEYS * 2
-            multiply_four_blocks(weights_at, rows_at, ATTENTION_KEYS * 2, num_steps, sums_at)
+            multiply_tile_16_rows(weights_at, rows_at, ATTENTION_KEYS * 2, num_steps, 64, sums_at)
             _add_mixed(sums, factors, mixed, (block * size + first) * _QUERIES, 64)
         return
     for first in range(0, size, 16):

@@ -20,13 +20,10 @@ from luthier_cpu.codegen.numba_kernel import (
 )
 from luthier_cpu.decode.batch_layout import PREFILL_BLOCK, PREFILL_RANK
 from luthier_cpu.decode.kernels.low_rank_updates import add_pairs_to_rows
-from luthier_cpu.gemm.bf16_gemm import round_lanes
+from luthier_cpu.gemm.bf16_gemm import multiply_tile, round_lanes
+from luthier_cpu.gemm.bf16_gemv import sums_of_panel
 from luthier_cpu.gemm.panel_blocks import pack_pairs
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
-from luthier_cpu.gemm.tiled_gemm import (
-    multiply_tile,
-    sums_of_panel,
-)
 
 _MIDDLE_BYTES = PREFILL_BLOCK * PREFILL_RANK * 2
 _LINE = 64
