@@ -175,7 +175,7 @@ def _pack_together(
     """
     num_bytes = sum(one.num_bytes for one in low_ranks.values())
     num_bytes += sum(_aligned(one.nbytes) for site in bottlenecks.values() for one in site.tensors.values())
-    room = _Room(torch.empty(num_bytes, dtype=torch.uint8, device=base.device))
+    room = _Room(torch.empty(num_bytes, dtype=torch.uint8))
     laid: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
     halves: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
     for layer in range(base.num_layers):
@@ -243,7 +243,7 @@ def _plan(part: LowRankPart, base: PackedLlama, read_weight: Callable[[str], tor
         # The norm of every output's whole weight (Liu et al. 2024, arXiv 2402.09353, section 4.1).
         scaled_OR = part.b_OR.float() * part.scale
         whole_OK = read_weight(part.module).float() + scaled_OR @ part.a_RK.float()
-        factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).to(base.device).contiguous()
+        factor_O = (part.magnitude_O.float() / whole_OK.norm(dim=1)).contiguous()
     (rank, num_inputs), num_outputs = part.a_RK.shape, part.b_OR.shape[0]
     filled, are_pairs = _filled_up(rank), are_paired(base.embedding_VD)
     shapes = (filled, num_inputs), shape_of_blocks(filled, num_outputs, are_pairs=are_pairs)
@@ -255,7 +255,7 @@ def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:
         _filled(part.down_MD, base),
         _filled(part.down_M, base, dtype=torch.float32),
         to_blocks(_filled(part.up_DM.t(), base)),
-        part.up_D.to(device=base.device, dtype=torch.float32).contiguous(),
+        part.up_D.float().contiguous(),
         part.activation,
         part.is_parallel,
     )
@@ -263,9 +263,7 @@ def _bottleneck_site(part: BottleneckPart, base: PackedLlama) -> BottleneckSite:
 
 def _filled(rows: torch.Tensor, base: PackedLlama, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Return rows in the base's type, filled up with zero rows; a copy that is the adapter's own."""
-    whole = torch.zeros(
-        (_filled_up(rows.shape[0]), *rows.shape[1:]), dtype=dtype or base.dtype, device=base.device
-    )
+    whole = torch.zeros((_filled_up(rows.shape[0]), *rows.shape[1:]), dtype=dtype or base.dtype)
     whole[: rows.shape[0]] = rows
     return whole
 
@@ -275,4 +273,4 @@ def _filled_up(count: int) -> int:
 
 
 def _typed(tensor: torch.Tensor, base: PackedLlama) -> torch.Tensor:
-    return tensor.to(device=base.device, dtype=base.dtype).contiguous()
+    return tensor.to(base.dtype).contiguous()

@@ -6,7 +6,6 @@ and v, K attended columns, F feed-forward size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 
 import torch
 
@@ -57,14 +56,6 @@ class Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class PlacedChunk:
-    """A chunk of several tokens and its place among a step's tokens."""
-
-    chunk: Chunk
-    tokens: slice
-
-
-@dataclass(frozen=True, eq=False)
 class Buffers:
     """What a step's layers read and write, used by all of them in turn."""
 
@@ -84,26 +75,15 @@ class Buffers:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
-    """What a step runs: single rows first, then the tokens of chunks."""
+class StepInputs:
+    """What a step runs: single rows first, then the tokens of chunks, if there are any."""
 
     rows: SingleRows
     tokens: TokenRows
-    prefills: Sequence[PlacedChunk] = ()
-
-    @cached_property
-    def chunk_rows(self) -> ChunkRows | None:
-        """The adapters of the chunks; None where there is none."""
-        if not self.prefills:
-            return None
-        return ChunkRows(
-            [one.chunk.adapter for one in self.prefills],
-            [one.tokens for one in self.prefills],
-            [one.chunk.first for one in self.prefills],
-        )
+    chunks: ChunkRows | None = None
 
     def following(self, layer: int, sites: slice) -> tuple[int, int]:
-        """What a product of all tokens with weights of a layer asks for: the low-rank updates after it."""
-        if self.prefills or not self.rows.has_low_ranks:
+        """Return what a product of all tokens with weights of a layer prefetches: the updates after it."""
+        if self.chunks is not None or not self.rows.has_low_ranks:
             return 0, 0
         return self.rows.table_M.data_ptr(), region_entry(layer, sites)

@@ -216,7 +216,7 @@ class Pages:
 
     def read(self, pages: Sequence[int], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a copy of the keys and values of a row's first tokens, each [tokens, layers, H, C]."""
-        own = torch.tensor(pages, device=self.keys.device)
+        own = torch.tensor(pages)
         # [layers, pages, H, S, C]
         found = (whole[:, own].permute(1, 3, 0, 2, 4).flatten(0, 1) for whole in (self.keys, self.values))
         keys, values = (part[:num_tokens].clone() for part in found)
@@ -350,7 +350,6 @@ def turn(heads: torch.Tensor, positions_N: torch.Tensor, shape: HeadShape) -> to
 def token_rows(
     places: Sequence[tuple[int, int, Sequence[int]]],
     *,
-    device: torch.device,
     num_attending: int,
     are_alone: bool,
 ) -> TokenRows:
@@ -358,7 +357,6 @@ def token_rows(
 
     Args:
         places: of each chunk the position of its first token, its tokens, and its sequence's pages.
-        device: where the model lies.
         num_attending: tokens that attend by themselves.
         are_alone: whether each chunk is one token.
 
@@ -374,5 +372,4 @@ def token_rows(
         positions_N[row : row + count] = np.arange(first, first + count)
         pages_NW[row : row + count, :width] = pages[:width]
         row += count
-    tensors = (torch.from_numpy(positions_N).to(device), torch.from_numpy(pages_NW).to(device))
-    return TokenRows(*tensors, num_attending, are_alone)
+    return TokenRows(torch.from_numpy(positions_N), torch.from_numpy(pages_NW), num_attending, are_alone)

@@ -16,8 +16,8 @@ BLOCK = 64
 
 
 def are_paired(like: torch.Tensor) -> bool:
-    """Whether blocks of such numbers, on such a device, lie in pairs of rows."""
-    return like.dtype == torch.bfloat16 and like.device.type == "cpu" and kernels.has_pairs()
+    """Whether blocks of numbers of this type are stored in pairs of rows."""
+    return like.dtype == torch.bfloat16 and kernels.has_pairs()
 
 
 def shape_of_blocks(num_rows: int, num_columns: int, *, are_pairs: bool) -> tuple[int, ...]:

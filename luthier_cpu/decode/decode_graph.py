@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from luthier_cpu.codegen import kernels
-from luthier_cpu.decode.batch import Buffers, Chunk, Work
+from luthier_cpu.codegen.openmp import Program, recording
+from luthier_cpu.decode.batch import Buffers, Chunk, StepInputs
 from luthier_cpu.decode.batch_layout import (
     PAGE_SIZE,
     PREFILL_RANK,
@@ -28,7 +29,6 @@ from luthier_cpu.decode.logits import Logits
 from luthier_cpu.decode.sampling import find_best
 
 if TYPE_CHECKING:
-    from luthier_cpu.codegen.openmp import Program
     from luthier_cpu.decode.llama import PackedLlama
 
 # Rows of the widest program.
@@ -112,9 +112,9 @@ class DecodePrograms:
         return Logits(self._logits[num_rows], self._best[:num_rows].tolist())
 
     @staticmethod
-    def can_write(llama: "PackedLlama", work: Work) -> bool:
+    def can_write(llama: "PackedLlama", inputs: StepInputs) -> bool:
         """Whether all that a step's layers do with chunks is done by kernels."""
-        adapters = [one.chunk.adapter for one in work.prefills]
+        adapters = [] if inputs.chunks is None else inputs.chunks.adapters
         are_known = all(
             one is None or (one.max_rank <= PREFILL_RANK and not one.has_bottlenecks) for one in adapters
         )
@@ -124,21 +124,19 @@ class DecodePrograms:
     def run_layers(
         llama: "PackedLlama",
         buffers: Buffers,
-        work: Work,
+        inputs: StepInputs,
         on_launch: Callable[[], None] | None = None,
     ) -> None:
         """Run the layers, as `PackedLlama.run_layers` does, in one call; `on_launch` is called before it."""
-        from luthier_cpu.codegen.openmp import recording
-
         with recording(kernels.compiled_address("run_program", llama.dtype)) as program:
-            llama.run_layers(buffers, work)
+            llama.run_layers(buffers, inputs)
         if on_launch is not None:
             on_launch()
         program.run()
 
     def _program(
         self, llama: "PackedLlama", adapters: Sequence[AdapterDescriptor | None], *, are_alone: bool
-    ) -> "Program":
+    ) -> Program:
         recorded_for = torch.get_num_threads(), llama.ops.memory_at
         if recorded_for != self._recorded_for:
             self._programs.clear()
@@ -155,18 +153,16 @@ class DecodePrograms:
     @torch.inference_mode()
     def _record(
         self, llama: "PackedLlama", adapters: Sequence[AdapterDescriptor | None], *, are_alone: bool
-    ) -> "Program":
-        from luthier_cpu.codegen.openmp import recording
-
+    ) -> Program:
         num_rows = len(adapters)
         rows = SingleRows(adapters, self._adapters_M[:num_rows])
         buffers = self._buffers.first(num_rows)
         tokens = TokenRows(self._positions_M[:num_rows], self._pages_MW[:num_rows], num_rows, are_alone)
         runner = kernels.compiled_address("run_program", llama.dtype)
         with recording(runner) as program:
-            work = Work(rows, tokens)
-            llama.run_layers(buffers, work)
-            change_MD = llama.finish_layers(buffers, work)
+            inputs = StepInputs(rows, tokens)
+            llama.run_layers(buffers, inputs)
+            change_MD = llama.finish_layers(buffers, inputs)
             logits_MV = self._logits_MV[:num_rows]
             llama.run_head(buffers.stream_ND, change_MD, buffers.normed_ND, logits_MV)
             find_best(logits_MV, self._best_M[:num_rows])

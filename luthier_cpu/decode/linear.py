@@ -30,8 +30,8 @@ class PackedLinear:
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
         self.num_outputs, self.num_inputs = weight_OK.shape
         self.tiled = TiledWeight(weight_OK, memory) if can_tile(weight_OK) else None
-        is_packed = weight_OK.device.type == "cpu" and can_pack(weight_OK.dtype)
-        self._packed = _pack(weight_OK) if is_packed and self.tiled is None else None
+        is_packed = self.tiled is None and can_pack(weight_OK.dtype)
+        self._packed = _pack(weight_OK) if is_packed else None
         self._weight = weight_OK.clone() if self._packed is None and self.tiled is None else None
 
     def __call__(

@@ -9,22 +9,23 @@ Legend: N tokens of a step (M single ones first, then T of each chunk), D hidden
 and v, K attended columns, F feed-forward size, H key heads, C head size, V vocabulary, R asked-for rows.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from luthier_cpu.decode.batch import Buffers, Chunk, PlacedChunk, Work
+from luthier_cpu.decode.batch import Buffers, Chunk, StepInputs
 from luthier_cpu.decode.batch_layout import (
     ATTENTION_IN,
     ATTENTION_OUT,
     FEED_FORWARD_IN,
     FEED_FORWARD_OUT,
     PAGE_SIZE,
+    ChunkRows,
     HeadShape,
     Pages,
     SingleRows,
-    TokenRows,
     token_rows,
 )
 from luthier_cpu.decode.decode_graph import DecodePrograms
@@ -67,7 +68,7 @@ class PackedLlama:
         self._blocks = [pack_block(layer, memory) for layer in body.layers]
         self._head = memory.pack(head_VD)
         size = body.layers[0].self_attn.head_dim
-        positions_1T = torch.arange(config.max_position_embeddings, device=self.embedding_VD.device)[None]
+        positions_1T = torch.arange(config.max_position_embeddings)[None]
         # In float32, so that the tables are not rounded to the weights' type.
         turning = body.rotary_emb(self._norm_D.float()[None, None], position_ids=positions_1T)
         cosine_TC, sine_TC = (part[0, :, : size // 2].float().contiguous() for part in turning)
@@ -99,11 +100,6 @@ class PackedLlama:
     def dtype(self) -> torch.dtype:
         """Type of the weights, of keys and values, and of adapters."""
         return self._norm_D.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where it lies."""
-        return self._norm_D.device
 
     @property
     def vocabulary_size(self) -> int:
@@ -140,19 +136,31 @@ class PackedLlama:
         singles = [one for one in chunks if len(one) == 1]
         # Those whose tokens attend by themselves come first.
         longer = sorted((one for one in chunks if len(one) > 1), key=self._attends_at_once)
-        rows = SingleRows([one.adapter for one in singles])
-        places = self._place_chunks(longer, len(singles))
-        tokens = self._place_tokens(singles, longer)
-        buffers = self.make_buffers(sum(len(one) for one in chunks))
-        self.embed([*singles, *longer], buffers.stream_ND)
-        work = Work(rows, tokens, places)
-        if self._programs is not None and self._programs.can_write(self, work):
-            self._programs.run_layers(self, buffers, work, on_launch)
+        ordered = [*singles, *longer]
+        ends = list(itertools.accumulate(map(len, ordered)))
+        slices = [slice(end - len(one), end) for one, end in zip(ordered, ends, strict=True)]
+        alone = sum(len(one) for one in longer if not self._attends_at_once(one))
+        inputs = StepInputs(
+            SingleRows([one.adapter for one in singles]),
+            token_rows(
+                [(one.first, len(one), one.pages) for one in ordered],
+                num_attending=len(singles) + alone,
+                are_alone=not longer,
+            ),
+            ChunkRows([one.adapter for one in longer], slices[len(singles) :], [one.first for one in longer])
+            if longer
+            else None,
+        )
+        buffers = self.make_buffers(sum(map(len, ordered)))
+        self.embed(ordered, buffers.stream_ND)
+        if self._programs is not None and self._programs.can_write(self, inputs):
+            self._programs.run_layers(self, buffers, inputs, on_launch)
         else:
             if on_launch is not None:
                 on_launch()
-            self.run_layers(buffers, work)
-        return self._logits(buffers, work, chunks, singles)
+            self.run_layers(buffers, inputs)
+        begins = {id(one): own.start for one, own in zip(ordered, slices, strict=True)}
+        return self._logits(buffers, inputs, chunks, begins)
 
     def make_buffers(self, num_tokens: int) -> Buffers:
         """Return what a step of so many tokens works in."""
@@ -170,26 +178,26 @@ class PackedLlama:
         ids: list[int] = []
         for one in chunks:
             ids.extend([0] * len(one) if isinstance(one.tokens, torch.Tensor) else one.tokens)
-        torch.index_select(self.embedding_VD, 0, torch.tensor(ids, device=self.device), out=out_ND)
+        torch.index_select(self.embedding_VD, 0, torch.tensor(ids), out=out_ND)
         first = 0
         for one in chunks:
             if isinstance(one.tokens, torch.Tensor):
                 out_ND[first : first + len(one)] = one.tokens
             first += len(one)
 
-    def run_layers(self, buffers: Buffers, work: Work) -> None:
+    def run_layers(self, buffers: Buffers, inputs: StepInputs) -> None:
         """Run all blocks over the stream, the last one up to what its tokens attend to."""
         change_ND: torch.Tensor | None = None
         for layer, block in enumerate(self._blocks):
             self.ops.add_norm(buffers.stream_ND, change_ND, block.attention_norm_D, buffers.normed_ND)
-            self._attend(layer, block, buffers, work)
+            self._attend(layer, block, buffers, inputs)
             if layer < self.num_layers - 1:
-                change_ND = self._go_on(layer, block, buffers, work)
+                change_ND = self._finish_block(layer, block, buffers, inputs)
 
-    def finish_layers(self, buffers: Buffers, work: Work) -> torch.Tensor:
+    def finish_layers(self, buffers: Buffers, inputs: StepInputs) -> torch.Tensor:
         """Run the rest of the last block, for all tokens or some; return its change [N, D], which is still to
         be added to the stream."""
-        return self._go_on(self.num_layers - 1, self._blocks[-1], buffers, work)
+        return self._finish_block(self.num_layers - 1, self._blocks[-1], buffers, inputs)
 
     def run_head(
         self,
@@ -202,65 +210,69 @@ class PackedLlama:
         self.ops.add_norm(stream_RD, change_RD, self._norm_D, normed_RD)
         return self._head(normed_RD, out_RV)
 
-    def _attend(self, layer: int, block: Block, buffers: Buffers, work: Work) -> None:
+    def _attend(self, layer: int, block: Block, buffers: Buffers, inputs: StepInputs) -> None:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
-        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, work.following(layer, ATTENTION_IN))
-        self._add_low_ranks(qkv_NE, normed_ND, work, layer, ATTENTION_IN)
-        self.ops.attend(qkv_NE, work.tokens, self.pages, layer, attended_NK)
-        if work.chunk_rows is not None:
-            self.ops.attend_chunks(qkv_NE, work.tokens, work.chunk_rows, self.pages, layer, attended_NK)
+        qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, inputs.following(layer, ATTENTION_IN))
+        self._add_low_ranks(qkv_NE, normed_ND, inputs, layer, ATTENTION_IN)
+        self.ops.attend(qkv_NE, inputs.tokens, self.pages, layer, attended_NK)
+        if inputs.chunks is not None:
+            self.ops.attend_chunks(qkv_NE, inputs.tokens, inputs.chunks, self.pages, layer, attended_NK)
 
-    def _go_on(self, layer: int, block: Block, buffers: Buffers, work: Work) -> torch.Tensor:
+    def _finish_block(self, layer: int, block: Block, buffers: Buffers, inputs: StepInputs) -> torch.Tensor:
         """Run a block from what its tokens attend to on."""
         normed_ND, attended_NK, hidden_NF = buffers.normed_ND, buffers.attended_NK, buffers.hidden_NF
-        out_ND = block.attention_out(attended_NK, buffers.change_ND, work.following(layer, ATTENTION_OUT))
-        self._add_low_ranks(out_ND, attended_NK, work, layer, ATTENTION_OUT)
-        self._add_bottlenecks(out_ND, normed_ND, work, layer, 0)
+        out_ND = block.attention_out(attended_NK, buffers.change_ND, inputs.following(layer, ATTENTION_OUT))
+        self._add_low_ranks(out_ND, attended_NK, inputs, layer, ATTENTION_OUT)
+        self._add_bottlenecks(out_ND, normed_ND, inputs, layer, 0)
         self.ops.add_norm(buffers.stream_ND, out_ND, block.feed_forward_norm_D, normed_ND)
-        following = [work.following(layer, sites) for sites in (FEED_FORWARD_IN, FEED_FORWARD_OUT)]
+        following = [inputs.following(layer, sites) for sites in (FEED_FORWARD_IN, FEED_FORWARD_OUT)]
         gate_up_NF = block.feed_forward_in(normed_ND, buffers.gate_up_NF, following[0])
-        self._add_low_ranks(gate_up_NF, normed_ND, work, layer, FEED_FORWARD_IN)
+        self._add_low_ranks(gate_up_NF, normed_ND, inputs, layer, FEED_FORWARD_IN)
         self.ops.gate(gate_up_NF, hidden_NF)
         out_ND = block.feed_forward_out(hidden_NF, buffers.change_ND, following[1])
-        self._add_low_ranks(out_ND, hidden_NF, work, layer, FEED_FORWARD_OUT)
-        self._add_bottlenecks(out_ND, normed_ND, work, layer, 1)
+        self._add_low_ranks(out_ND, hidden_NF, inputs, layer, FEED_FORWARD_OUT)
+        self._add_bottlenecks(out_ND, normed_ND, inputs, layer, 1)
         return out_ND
 
     def _add_low_ranks(
         self,
         out_NO: torch.Tensor,
         x_NK: torch.Tensor,
-        work: Work,
+        inputs: StepInputs,
         layer: int,
         sites: slice,
     ) -> None:
-        if work.rows.has_low_ranks:
-            self.ops.add_low_rank(out_NO, x_NK, work.rows, layer, sites)
-        if work.chunk_rows is not None:
-            self.ops.add_low_rank_to_chunks(out_NO, x_NK, work.chunk_rows, layer, sites)
+        if inputs.rows.has_low_ranks:
+            self.ops.add_low_rank(out_NO, x_NK, inputs.rows, layer, sites)
+        if inputs.chunks is not None:
+            self.ops.add_low_rank_to_chunks(out_NO, x_NK, inputs.chunks, layer, sites)
 
     def _add_bottlenecks(
-        self, out_ND: torch.Tensor, input_ND: torch.Tensor, work: Work, layer: int, half: int
+        self, out_ND: torch.Tensor, input_ND: torch.Tensor, inputs: StepInputs, layer: int, half: int
     ) -> None:
-        if work.rows.has_bottlenecks:
-            self.ops.add_bottleneck(out_ND, input_ND, work.rows, layer, half)
-        for prefill in work.prefills:
-            adapter = prefill.chunk.adapter
-            site = adapter.bottlenecks[layer][half] if adapter is not None else None
+        if inputs.rows.has_bottlenecks:
+            self.ops.add_bottleneck(out_ND, input_ND, inputs.rows, layer, half)
+        if inputs.chunks is None:
+            return
+        for adapter, tokens in zip(inputs.chunks.adapters, inputs.chunks.tokens, strict=True):
+            site = None if adapter is None else adapter.bottlenecks[layer][half]
             if site is not None:
-                site.add_to(out_ND[prefill.tokens], input_ND[prefill.tokens])
+                site.add_to(out_ND[tokens], input_ND[tokens])
 
-    def _logits(self, buffers: Buffers, work: Work, chunks: Sequence[Chunk], singles: list[Chunk]) -> Logits:
-        """Run the last block to its end, for the wanted logits alone unless some lie within a chunk."""
-        begins = {id(one): row for row, one in enumerate(singles)}
-        begins |= {id(prefill.chunk): prefill.tokens.start for prefill in work.prefills}
+    def _logits(
+        self, buffers: Buffers, inputs: StepInputs, chunks: Sequence[Chunk], begins: dict[int, int]
+    ) -> Logits:
+        """Run the last block to its end, for the wanted logits alone unless some are within a chunk.
+
+        `begins` are the chunks' first rows by their ids.
+        """
         wanted = [begins[id(one)] + place for one in chunks for place in one.wanted]
         if not wanted:
             return Logits(self.embedding_VD.new_empty(0, self.vocabulary_size), [])
-        wanted_R = torch.tensor(wanted, device=self.device)
+        wanted_R = torch.tensor(wanted)
         if any(one.wants_all_logits or one.num_first_logits for one in chunks):
             # As the chunk that they are: a model is verified by what the kernels of chunks compute.
-            change_ND = self.finish_layers(buffers, work)
+            change_ND = self.finish_layers(buffers, inputs)
             stream_RD, change_RD = buffers.stream_ND[wanted_R], change_ND[wanted_R]
         else:
             own = self.make_buffers(len(wanted))
@@ -268,25 +280,8 @@ class PackedLlama:
                 torch.index_select(getattr(buffers, name), 0, wanted_R, out=getattr(own, name))
             rows = SingleRows([one.adapter for one in chunks for _ in one.wanted])
             # Nothing attends any more: the tokens, which are others than these, are not read.
-            stream_RD, change_RD = own.stream_ND, self.finish_layers(own, Work(rows, work.tokens))
+            stream_RD, change_RD = own.stream_ND, self.finish_layers(own, StepInputs(rows, inputs.tokens))
         return Logits.of(self.run_head(stream_RD, change_RD, torch.empty_like(stream_RD)))
 
     def _attends_at_once(self, chunk: Chunk) -> bool:
         return chunk.first + len(chunk) > self.ops.max_alone
-
-    def _place_tokens(self, singles: Sequence[Chunk], chunks: Sequence[Chunk]) -> TokenRows:
-        alone = sum(len(one) for one in chunks if not self._attends_at_once(one))
-        return token_rows(
-            [(one.first, len(one), one.pages) for one in (*singles, *chunks)],
-            device=self.device,
-            num_attending=len(singles) + alone,
-            are_alone=not chunks,
-        )
-
-    def _place_chunks(self, chunks: Sequence[Chunk], start: int) -> list[PlacedChunk]:
-        places = []
-        for one in chunks:
-            tokens = slice(start, start + len(one))
-            start = tokens.stop
-            places.append(PlacedChunk(one, tokens))
-        return places

@@ -27,7 +27,7 @@ class Logits:
     def of(cls, held_RV: torch.Tensor) -> "Logits":
         """Find the likeliest token of each row."""
         held_RV = held_RV.contiguous()
-        best_R = torch.empty(len(held_RV), dtype=torch.int64, device=held_RV.device)
+        best_R = torch.empty(len(held_RV), dtype=torch.int64)
         return cls(held_RV, find_best(held_RV, best_R).tolist())
 
     def greedy(self) -> list[int]:

@@ -76,8 +76,7 @@ def tiled_bytes(weight_OK: torch.Tensor) -> int:
 
 def can_tile(weight_OK: torch.Tensor) -> bool:
     """Whether a weight can be laid out so here."""
-    has_shape = weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0
-    return has_shape and weight_OK.device.type == "cpu" and has_tiles()
+    return weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0 and has_tiles()
 
 
 @cache

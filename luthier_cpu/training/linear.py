@@ -4,6 +4,7 @@ The layers' own weights become views of the fused one, so that no weight is in m
 ways to multiply: by panels (panel_products.py), and by torch's products anywhere, where the low-rank update
 rides in the same product: the input is widened by `u = x A'`, the weight by `scale * B`, so that the forward
 product gives `x W' + scale u B'` at once, and the backward one the gradients of x and u at once.
+
 Legend: N tokens, D inputs, K inputs as wide as the product takes them (D, and the ranks where they ride
 along), O outputs, R ranks side by side.
 """

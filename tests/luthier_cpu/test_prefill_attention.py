@@ -34,7 +34,7 @@ def expected(
 def test_what_is_no_number_stays_visible_and_what_is_hidden_counts_for_nothing() -> None:
     shape, like = make_shape(1, 2, 32), torch.empty(1, dtype=torch.bfloat16)
     pages = Pages(num_layers=1, num_pages=2, num_kv_heads=1, head_size=32, like=like)
-    tokens = token_rows([(0, 20, [1, 0])], device=torch.device("cpu"), num_attending=0, are_alone=False)
+    tokens = token_rows([(0, 20, [1, 0])], num_attending=0, are_alone=False)
     rows = ChunkRows([None], [slice(0, 20)], [0])
     ops = CompiledOps(shape, (*shape.widths, 32, 32, 32, 32), like, 8)
     qkv_NE = torch.randn(20, sum(shape.widths), generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -83,7 +83,7 @@ def test_tokens_mix_what_a_plain_softmax_mixes(
         before = torch.randn(2, first, num_kv_heads, size, generator=generator)
         pages.write(0, torch.tensor(own)[positions // PAGE_SIZE], positions % PAGE_SIZE, *before.bfloat16())
     places = [(first, count, own) for (first, count), own in zip(chunks, owned, strict=True)]
-    tokens = token_rows(places, device=torch.device("cpu"), num_attending=0, are_alone=False)
+    tokens = token_rows(places, num_attending=0, are_alone=False)
     qkv_NE = torch.randn(len(tokens), sum(shape.widths), generator=generator).bfloat16()
     ends = torch.tensor([count for _, count in chunks]).cumsum(0).tolist()
     slices = [slice(end - count, end) for end, (_, count) in zip(ends, chunks, strict=True)]

@@ -104,7 +104,7 @@ def test_rows_attend_as_plain_operators_do(groups: int, size: int) -> None:
     # The last is the context's.
     positions = [0, 3, PAGE_SIZE - 1, PAGE_SIZE, 2 * PAGE_SIZE + 8, 63]
     places = [(first, 1, list(range(4 * row, 4 * row + 4))) for row, first in enumerate(positions)]
-    tokens = token_rows(places, device=torch.device("cpu"), num_attending=len(places), are_alone=True)
+    tokens = token_rows(places, num_attending=len(places), are_alone=True)
     qkv_NE = draw(len(places), sum(shape.widths), seed=5)
     for ops in (CompiledOps(shape, widths, LIKE, 8), PlainOps(shape, widths)):
         own = Pages(num_layers=1, num_pages=24, num_kv_heads=2, head_size=size, like=LIKE)
