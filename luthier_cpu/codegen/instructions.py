@@ -121,7 +121,7 @@ class Machine:
     def opaque(self, value: ir.Value) -> ir.Value:
         """Return a whole number of which the compiler knows nothing.
 
-        It would make rows that are equally far apart one out of the other, each waiting for the last.
+        It would make rows that are at equal distances one out of the other, each waiting for the last.
         """
         kind = ir.FunctionType(I64, [I64])
         return self._builder.asm(kind, "", "=r,0", [value], side_effect=False)
@@ -129,7 +129,7 @@ class Machine:
     def prefetch_behind(self, address: ir.Value) -> None:
         """Ask for a line between the loads around, into the cache behind the nearest.
 
-        The nearest has few lines on their way at a time, and whoever asks for one more waits. The compiler
+        The nearest has few lines on their way at a time, and a further request waits. The compiler
         would move many to one place.
         """
         prefetch(self._builder, self.pointer(address), is_nearest=False)

@@ -258,7 +258,7 @@ def row_starts(
 def transposed(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     """Return 16 vectors of 16 as their columns."""
     for width in (1, 2, 4, 8):
-        # Of two rows that are `width` apart the odd parts of the first change places with the even ones of
+        # Of two rows at a distance of `width` the odd parts of the first change places with the even ones of
         # the second.
         low = [lane if not lane & width else LANES + lane - width for lane in range(LANES)]
         high = [lane + width if not lane & width else LANES + lane for lane in range(LANES)]

@@ -44,7 +44,7 @@ def _address_of(function: Any) -> int:
 
 @cache
 def _find_pool() -> _Pool | None:
-    """Return the pool that torch uses, None where it is not GNU's or can't be told from another."""
+    """Return the pool that torch uses, None where it is not GNU's or is not certain."""
     try:
         # Six fields, of which the last, a path, may hold blanks (proc(5)).
         lines = [line.split(maxsplit=5) for line in _MAPS.read_text().splitlines() if "libgomp" in line]
@@ -67,10 +67,10 @@ def _pool_of_now() -> tuple[_Pool | None, int]:
 
 
 def use_threads(num_threads: int) -> None:
-    """Let this thread's operators and kernels run on so many threads, and leave other threads theirs.
+    """Let this thread's operators and kernels run on a number of threads, and leave other threads theirs.
 
     `torch.set_num_threads` is for every thread that has not asked for its number yet, too. Where torch's pool
-    can't be told, all stays as it was.
+    is not known, nothing changes.
     """
     # The first time that a thread asks, torch sets its number.
     torch.get_num_threads()
@@ -126,7 +126,7 @@ class Program:
         # Of kernels that go by rows.
         self._num_rows: list[int] = []
         self._meets = np.zeros(0, dtype=np.int64)
-        # Where the arrays lie, and the functions of the pool that the tables name.
+        # The arrays' addresses, and the functions of the pool that the tables name.
         self._places: tuple[int, int, int] = (0, 0, 0)
         self._thread_functions = (0, 0)
 
@@ -135,7 +135,7 @@ class Program:
 
         Args:
             by_rows: whether the first argument is a number of rows, of which each thread takes the share that
-                `_language.share` tells, and reads and writes what is of these alone.
+                `numba_kernel.share` gives, and reads and writes what is of these alone.
         """
         self._kernels.append(kernel)
         self._arguments.append(arguments)
@@ -151,7 +151,7 @@ class Program:
         for table, arguments in zip(self._tables, self._arguments, strict=True):
             table[_FIRST_ARGUMENT : _FIRST_ARGUMENT + len(arguments)] = arguments
         self._arguments.clear()
-        # Who goes on with the rows that it has need not wait for the others.
+        # A thread that continues with its own rows need not wait for the others.
         after = [*self._num_rows[1:], 0]
         meets = [not own or own != next_own for own, next_own in zip(self._num_rows, after, strict=True)]
         self._meets = np.array(meets, dtype=np.int64)

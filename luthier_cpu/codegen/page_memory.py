@@ -1,4 +1,4 @@
-"""Memory that is asked for in large pages, and giving memory back while the tensor that it lies in stays."""
+"""Memory in large pages, and giving memory back while its tensor stays."""
 
 import ctypes
 import mmap
@@ -8,7 +8,7 @@ import torch
 
 # Linux, madvise(2): the range is zeros until it is written again.
 _MADV_DONTNEED = 4
-# The range is to lie in large pages, of 2 MiB on x86-64; a wish.
+# The range should be in large pages, of 2 MiB on x86-64; a hint.
 _MADV_HUGEPAGE = 14
 _LARGE_PAGE = 1 << 21
 # What a processor reads at a time.
@@ -19,7 +19,7 @@ def take_large(num_bytes: int) -> torch.Tensor:
     """Return memory [num_bytes], uint8, in large pages where the system has them, at a multiple of 64 bytes.
 
     Weights that are read once a step from begin to end come faster from them: the processor looks ahead only
-    within a page. What does not fill a large page lies in small ones.
+    within a page. What does not fill a large page is in small ones.
     """
     if num_bytes < _LARGE_PAGE:
         memory = torch.empty(num_bytes + _LINE, dtype=torch.uint8)
@@ -50,7 +50,7 @@ def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
     page_bytes = whole_LPX[0, 0].nbytes
     for layer_PX in whole_LPX:
         for first, end in _runs(sorted(pages)):
-            # What of the system's own pages lies wholly inside.
+            # The system's own pages that are wholly inside.
             start = layer_PX.data_ptr() + first * page_bytes
             aligned = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (layer_PX.data_ptr() + end * page_bytes - aligned) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -45,7 +45,7 @@ def sum_four(builder: ir.IRBuilder, vectors: list[ir.Value]) -> ir.Value:
         return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
 
     def halved(a: ir.Value, b: ir.Value, width: int) -> ir.Value:
-        """Add the upper to the lower half of each part of so many lanes; a's parts come before b's."""
+        """Add the upper to the lower half of each part of `width` lanes; a's parts come before b's."""
         low = [start + lane for start in range(0, 2 * LANES, width) for lane in range(width // 2)]
         high = [lane + width // 2 for lane in low]
         return builder.fadd(shuffled(a, b, low), shuffled(a, b, high))
@@ -101,7 +101,7 @@ def emit_dots(
 
 @intrinsic
 def dot_rows(_context, first, num_rows, x, size, out, like):
-    """Write the products of rows, which lie one after the other, with x, float32; all are read in order."""
+    """Write the products of rows, stored one after the other, with x, float32; all are read in order."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         first, num_rows, x, size, out = arguments[:5]
@@ -222,8 +222,8 @@ def highest_of(_context, numbers, count):
         mask = lanes_below(builder, builder.sub(count, index))
         rest = builder.select(mask, floats.load_some(numbers, index, mask), lowest)
         highest = higher(rest, found[0])
-        for apart in (8, 4, 2, 1):
-            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ apart for lane in range(LANES)])
+        for shift in (8, 4, 2, 1):
+            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ shift for lane in range(LANES)])
             highest = higher(highest, builder.shuffle_vector(highest, highest, others))
         return builder.extract_element(highest, I32(0))
 

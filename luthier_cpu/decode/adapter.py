@@ -1,4 +1,4 @@
-"""An artifact laid out beside a packed base: its parts in the base's type, where the kernels look for them.
+"""An artifact packed beside a base: its parts in the base's type, where the kernels look for them.
 
 Legend: R ranks, K inputs and O outputs of a site, M bottleneck width, D hidden size, N virtual tokens, L
 layers, H key heads, C head size.
@@ -46,7 +46,7 @@ _LINE = 64
 
 @dataclass(eq=False)
 class PackedAdapter:
-    """An adapter that rows of a packed base may bear.
+    """An adapter of a packed base's rows.
 
     `descriptor` is None where it has virtual tokens alone. `embeddings_ND` become keys and values when the
     base has run them once.
@@ -110,7 +110,7 @@ def pack_adapter(
     """Lay an artifact's parts out beside a base. Touches nothing of the base; any thread may call it.
 
     Args:
-        parts: of the kind that `can_pack_adapter` tells.
+        parts: which `can_pack_adapter` accepts.
         read_weight: gives a linear layer's weight [O, K] by its path, for DoRA's norms.
 
     Returns:
@@ -131,7 +131,7 @@ def pack_adapter(
     embeddings_ND = parts.embeddings_ND
     adapter = PackedAdapter(
         descriptor,
-        # A copy: the base runs them when the file that they lie in may be another.
+        # A copy: the base runs them when their file may be another.
         embeddings_ND=None if embeddings_ND is None else _typed(embeddings_ND.clone(), base),
     )
     if parts.key_values:
@@ -176,19 +176,19 @@ def _pack_together(
     num_bytes = sum(one.num_bytes for one in low_ranks.values())
     num_bytes += sum(_aligned(one.nbytes) for site in bottlenecks.values() for one in site.tensors.values())
     room = _Room(torch.empty(num_bytes, dtype=torch.uint8))
-    laid: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
+    sites: list[list[LowRankSite | None]] = [[None] * NUM_SITES for _ in range(base.num_layers)]
     halves: list[list[BottleneckSite | None]] = [[None, None] for _ in range(base.num_layers)]
     for layer in range(base.num_layers):
         for half, numbers in enumerate((range(4), range(4, NUM_SITES))):
             for number in numbers:
                 plan = low_ranks.get((layer, number))
                 if plan is not None:
-                    laid[layer][number] = plan.pack(room)
+                    sites[layer][number] = plan.pack(room)
             bottleneck = bottlenecks.get((layer, half))
             if bottleneck is not None:
                 moved = {name: room.move(one) for name, one in bottleneck.tensors.items()}
                 halves[layer][half] = replace(bottleneck, **moved)
-    return AdapterDescriptor(laid, halves)
+    return AdapterDescriptor(sites, halves)
 
 
 def _aligned(num_bytes: int) -> int:
@@ -212,7 +212,7 @@ def _place(module: str, names: dict[str, int], base: PackedLlama, taken: set[str
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """The shapes that an update is laid out in, and its factors."""
+    """The shapes that an update is packed in, and its factors."""
 
     part: LowRankPart
     dtype: torch.dtype

@@ -23,7 +23,7 @@ class Chunk:
     """Tokens of one sequence that are run now.
 
     `tokens` are ids, or vectors [T, D] in their place; `first` is the position of the first, and all before
-    it are in `pages`, which reach to the last. `adapter` is what these rows bear. Logits are wanted after its
+    it are in `pages`, which reach to the last. `adapter` is that of these rows. Logits are wanted after its
     last token, after all of them, or not at all, and after some of its first tokens besides. `by_rows` says
     that its tokens are few and run as single rows do, where a step is a program.
     """

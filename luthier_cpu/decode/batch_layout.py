@@ -32,7 +32,7 @@ MAX_QUERIES = 4
 PREFILL_BLOCK, PREFILL_RANK = 64, 128
 # Blocks of 16 queries, and keys, that a kernel attends with at a time.
 ATTENTION_BLOCKS, ATTENTION_KEYS = 16, 128
-# Bytes between two parts of an adapter that lie together.
+# Most bytes between two parts of an adapter that are prefetched together.
 _MOST_BETWEEN = 4096
 ACTIVATIONS = {"gelu": 1, "relu": 2, "silu": 3, "tanh": 4}
 # Sites that share an input and are one product: slices of the seven.
@@ -113,7 +113,7 @@ class BottleneckSite:
 
 
 def _region_of(sites: Sequence[LowRankSite]) -> list[int]:
-    """Return where sites' numbers begin and how many bytes they are, if they lie together: else a part."""
+    """Return where sites' numbers begin and how many bytes they are, if they are together: else a part."""
     if not sites:
         return [0, 0]
     begin = end = sites[0].a_RK.data_ptr()
@@ -230,7 +230,7 @@ class Pages:
 
 @dataclass(frozen=True, eq=False)
 class TokenRows:
-    """Tokens and where they lie in their sequences: positions, and pages, filled up with 0 to one length.
+    """Tokens and their places in their sequences: positions, and pages, filled up with 0 to one length.
 
     All are put into their pages; the first `num_attending` attend by themselves, the others all at once by
     sequence. `are_alone` says that no two are of one sequence.
@@ -316,7 +316,7 @@ class ChunkRows:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """How q, k and v lie side by side, the turning of every position, float32 [positions, C/2], and the
+    """The order of q, k and v side by side, the turning of every position, float32 [positions, C/2], and the
     norms' epsilon."""
 
     num_heads: int

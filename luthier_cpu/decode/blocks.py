@@ -1,7 +1,7 @@
 """Matrices of adapters in blocks of 64 columns, which kernels sum up at a time.
 
-A block is read from its begin to its end, where rows that lie far apart would be read in short pieces. Blocks
-are [blocks, R, 64], or where kernels multiply pairs of bfloat16 [blocks, R/2, 64, 2]: of each column two rows
+A block is read from its begin to its end, where whole rows would be read in short pieces. Blocks are
+[blocks, R, 64], or where kernels multiply pairs of bfloat16 [blocks, R/2, 64, 2]: of each column two rows
 side by side.
 
 Legend: N tokens, R rows of a matrix.
@@ -41,15 +41,15 @@ def by_blocks(columns: torch.Tensor, *, are_pairs: bool) -> torch.Tensor:
 
 
 def of_blocks(blocks: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Return the matrix [R, columns] that lies in blocks."""
+    """Return the matrix [R, columns] that is stored in blocks."""
     by_block = blocks.transpose(2, 3).flatten(1, 2) if blocks.dim() == 4 else blocks
     return by_block.transpose(0, 1).flatten(1)[:, :num_columns]
 
 
 def check_blocks(blocks: torch.Tensor) -> None:
-    """Refuse what kernels would read in another order than it lies."""
+    """Refuse what kernels would read in another order than it is stored in."""
     if (blocks.dim() == 4) != are_paired(blocks):
-        raise ValueError("A matrix lies in other blocks than the kernels of this machine read.")
+        raise ValueError("A matrix is stored in other blocks than the kernels of this machine read.")
 
 
 def times_blocks(x_NR: torch.Tensor, blocks: torch.Tensor, num_columns: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A step is some three hundred kernels. Launched one by one from Python they cost as much as a third of the
 work, and each may wait for Python's lock; as a program they are one call. Steps of single rows are written
-down once: what changes from one to the next, tokens, places and adapters, lies at addresses that stay. Those
+down once: what changes from one to the next, tokens, places and adapters, is at addresses that stay. Those
 with chunks are written down each time, which between kernels would take twice as long.
 
 Legend: M rows of one token each, W pages of the longest sequence, V vocabulary.
@@ -39,7 +39,7 @@ _MAX_PROGRAMS = 128
 
 
 class DecodePrograms:
-    """The programs of one base, which is given to each call: the base holds them, and weights that nobody
+    """The programs of one base, which is given to each call: the base holds them, and weights that nothing
     names any more are to leave the memory at once.
 
     Args:
@@ -64,7 +64,7 @@ class DecodePrograms:
         self._vectors = llama.embedding_VD.view(torch.uint8).numpy()
         self._stream = self._buffers.stream_ND.view(torch.uint8).numpy()
         self._programs: OrderedDict[tuple[int, bool, bool, bool], Program] = OrderedDict()
-        # The threads, and where the kernels' own memory lies.
+        # The threads, and the address of the kernels' own memory.
         self._recorded_for = (0, 0)
 
     @staticmethod

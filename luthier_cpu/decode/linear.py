@@ -1,4 +1,4 @@
-"""Linear layers without bias whose weights lie as the processor's matrix products want them.
+"""Linear layers without bias whose weights are stored as the processor's matrix products read them.
 
 Our own products over tiles (gemm/products.py) come first, where the processor has them. oneDNN's layout is
 next: it is read several times faster in bfloat16 than the plain one, for one row above all. Its operators
@@ -24,7 +24,7 @@ class PackedLinear:
 
     Args:
         weight_OK: float32 or bfloat16; copied, so that it may be let go of.
-        memory: where a weight in tiles is laid, `tiled_bytes` of it; memory of its own when left out.
+        memory: for a weight in tiles, `tiled_bytes` of it; memory of its own when left out.
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:

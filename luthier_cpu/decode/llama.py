@@ -1,4 +1,4 @@
-"""A Llama-shaped base laid out for serving: packed products, paged keys and values, adapters row by row.
+"""A Llama-shaped base packed for serving: packed products, paged keys and values, adapters row by row.
 
 A step runs tokens of many sequences at once: rows of one token, each with an adapter of its own, through the
 kernels of decode/ops.py, and chunks of prompts through products over the whole chunk. All share
@@ -53,7 +53,7 @@ class PackedLlama:
     """The base. Only one thread may call `step` at a time.
 
     Args:
-        causal_lm: the base, of the kind that `can_pack_llama` tells. It loses the weights of its layers one
+        causal_lm: the base, which `can_pack_llama` accepts. It loses the weights of its layers one
             by one as they are packed, so that they are never in memory twice; it can't be used afterwards.
         num_pages: pages of keys and values, of `PAGE_SIZE` tokens each.
     """
@@ -163,7 +163,7 @@ class PackedLlama:
         return self._logits(buffers, inputs, chunks, begins)
 
     def make_buffers(self, num_tokens: int) -> Buffers:
-        """Return what a step of so many tokens works in."""
+        """Return the buffers of a step of a number of tokens."""
         size, feed_forward = self.embedding_VD.shape[1], self.site_widths[4]
         stays = (size, size, self.heads.widths[0], feed_forward)
         written = (size, sum(self.heads.widths), 2 * feed_forward)

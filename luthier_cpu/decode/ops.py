@@ -268,7 +268,7 @@ class CompiledOps:
 
     @property
     def memory_at(self) -> int:
-        """Where the kernels' own memory lies; it moves when threads are added."""
+        """The address of the kernels' own memory; it moves when threads are added."""
         return self._scratch_of_threads()[0]
 
     def _scratch_of_threads(self) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from luthier_cpu.codegen.openmp import launch
 UNSOUND = -1
 # Numbers whose masses are added up at a time.
 BLOCK = 256
-# Most nuclei lie within so many nats of the likeliest token: those with at least that share of its
-# probability, and so many of them, are looked at.
+# Most nuclei are within this many nats of the likeliest token: those with at least that share of its
+# probability, and at most this many of them, are looked at.
 NUCLEUS_NATS = 10.0
 LEAST_LIKELY, _MOST_LIKELY = math.exp(-NUCLEUS_NATS), 16384
 

@@ -1,4 +1,4 @@
-"""The blocks of a packed base, and the memory that their weights lie in.
+"""The blocks of a packed base, and the memory of their weights.
 
 Legend: D hidden size, K inputs and O outputs of a layer.
 """
@@ -31,10 +31,10 @@ class Block:
 
 
 class WeightMemory:
-    """Room for the weights that lie in tiles, in the order in which a step reads them.
+    """Memory for the weights in tiles, in the order in which a step reads them.
 
     Args:
-        weights: all that are laid.
+        weights: all that will be packed.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor]) -> None:

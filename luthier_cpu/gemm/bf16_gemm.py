@@ -150,10 +150,10 @@ def _places_ahead(
     num_tiles: int,
     step_bytes: int,
 ) -> list[ir.Value]:
-    """Return how far behind a line lies what a block of rows asks for: later steps, parted by the blocks.
+    """Return how far behind a line the lines are that a block of rows prefetches: its share of later steps.
 
-    A block that is alone passes so fast that it asks for one step alone: memory takes few questions at once.
-    One of several asks for its tiles more than once, which costs less than to branch.
+    A block that is alone passes so fast that it prefetches one step alone: memory takes few requests at once.
+    One of several prefetches its tiles more than once, which costs less than to branch.
     """
     blocks = builder.udiv(builder.add(num_rows, I64(size - 1)), I64(size))
     block = builder.udiv(row, I64(size))

@@ -1,8 +1,8 @@
 """Products of few rows with a panel of 64 outputs, by pairs of bfloat16, as fast as memory gives the panel.
 
 A panel is read once a step. What a processor foresees is memory that is read in order, so weights are used,
-and asked for, a line after the other as they lie; rows and sums, which stay near, are what is gone through
-again. All addresses are int64 and all strides bytes.
+and prefetched, a line after the other as they are stored; rows and sums, which stay near, are read again. All
+addresses are int64 and all strides bytes.
 """
 
 # What an intrinsic takes is in its arguments, which only the generated code reads.
@@ -157,7 +157,7 @@ def _block(
             for which in range(num_tiles)
         ]
         # Of more than `MOST_ROWS`, the blocks and steps that pass before the next weights are wanted ask for
-        # these in turn, in the order in which they lie.
+        # these in turn, in the order of memory.
         turn = builder.add(tile, builder.udiv(row, I64(MOST_ROWS)))
 
         def step(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:

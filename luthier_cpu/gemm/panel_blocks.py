@@ -221,7 +221,7 @@ def pack_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, ta
 
 
 def _pairing(num_tiles: int) -> Any:
-    """Return the intrinsic that pairs two rows as so many lines of 16 pairs."""
+    """Return the intrinsic that pairs two rows as lines of 16 pairs."""
 
     @intrinsic
     def pair(_context, even, odd, num_columns, has_odd, target):

@@ -1,8 +1,8 @@
 """The compiled products of a training step with a weight and its low-rank updates, bfloat16 by panels.
 
 Every product sums over pairs of numbers. Of the factor that is not taken row by row a panel of 48 columns is
-laid out at a time (panel_blocks.py), in memory that stays near the processor while all rows pass by: that
-costs a hundredth of the product, and no weight lies in memory twice. Low-rank updates are a few more pairs of
+packed at a time (panel_blocks.py), in memory that stays near the processor while all rows pass by: that
+costs a hundredth of the product, and no weight is in memory twice. Low-rank updates are a few more pairs of
 the same sums. Panels are shared out among the threads, rows too where there are more threads than panels;
 what is added in which order depends on neither.
 
@@ -137,13 +137,13 @@ def _multiply_rows(
     num_blocks = (end_row - begin_row + BLOCK_ROWS - 1) // BLOCK_ROWS
     row, asked, block = begin_row, 0, 0
     while row < end_row:
-        # What is laid out next is asked for meanwhile, some by each block.
+        # What is packed next is prefetched meanwhile, some by each block.
         block += 1
         while asked < min(num_ahead, num_ahead * block // num_blocks):
             prefetch_lines(ahead_at + asked * ahead_stride, (num_pairs + 15) // 16)
             asked += 1
         if row + BLOCK_ROWS > end_row and begin_row + BLOCK_ROWS <= end_row and is_first and is_last:
-            # Some rows are made again, the same; a sum that goes on must not be.
+            # Some rows are made again, the same; a sum that continues must not be.
             row = end_row - BLOCK_ROWS
         is_block = row + BLOCK_ROWS <= end_row
         own_at, own_sums_at = x_at + row * x_stride, sums_at + (row - begin_row) * LINE_BYTES
@@ -201,7 +201,7 @@ def panel_product(data):
         for part in range(num_parts):
             total += num_panels(facts[part, NUM_OUTPUTS])
     begin, end = share(table, total * num_chunks)
-    # There is room for the sums of so many panels; a team may be smaller than was asked for.
+    # There is room for the sums of `most_tasks` panels; a team may be smaller than was asked for.
     for group in range(begin, end, most_tasks):
         # Of a sum over many pairs what is read of the weight is used by all panels while it is near.
         for item in range((num_pairs + most_pairs - 1) // most_pairs * most_tasks):

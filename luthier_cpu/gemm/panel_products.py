@@ -20,12 +20,12 @@ from luthier_cpu.codegen import kernels
 from luthier_cpu.codegen.openmp import launch
 
 _LOG = logging.getLogger(__name__)
-# Columns of a panel, the bytes of its line of pairs, and how many lines of one are laid at a time: as many as
-# stay in a processor's second cache.
+# Columns of a panel, the bytes of its line of pairs, and how many lines of one are packed at a time: as many
+# as stay in a processor's second cache.
 PANEL_COLUMNS, LINE_BYTES, MOST_PAIRS = 48, 192, 1024
 # Zeros and the sums of a block, before a thread's panels.
 HEAD_BYTES = 4096
-# What a kernel is told of a part: where `a` and `b` are, rank, first output, outputs, first column of u,
+# What a kernel reads of a part: where `a` and `b` are, rank, first output, outputs, first column of u,
 # scale, and where the gradients of `a` and `b` go.
 A, B, RANK, FIRST_OUTPUT, NUM_OUTPUTS, FIRST_COLUMN, SCALE, GRADIENT_A, GRADIENT_B = range(9)
 NUM_FACTS = 9
@@ -78,8 +78,8 @@ class PanelProducts:
         output, column, low_bytes = 0, 0, 0
         for part, facts in zip(parts, self._facts, strict=True):
             filled = -(-part.rank // _RANK_ALIGN) * _RANK_ALIGN
-            told = part.rank, output, part.num_outputs, column, kernels.float_bits(part.scale)
-            facts[RANK : SCALE + 1] = told
+            own = part.rank, output, part.num_outputs, column, kernels.float_bits(part.scale)
+            facts[RANK : SCALE + 1] = own
             output, column = output + part.num_outputs, column + filled
             low_bytes += -(-filled // _ALIGN) * _ALIGN // 2 * LINE_BYTES
         self._num_u, self._low_bytes = column, low_bytes
@@ -195,7 +195,7 @@ class PanelProducts:
         num_tasks = -(-num_panels * num_chunks // torch.get_num_threads())
         lines = self._low_bytes + min(MOST_PAIRS, num_summed // 2) * LINE_BYTES
         if num_summed // 2 > MOST_PAIRS:
-            # Room for sums that go on.
+            # Room for sums that continue.
             lines += num_tasks * chunk_rows * LINE_BYTES
         more = (num_chunks, self._low_bytes, num_tasks, chunk_rows)
         self._run("panel_product", numbers, HEAD_BYTES + lines, *more)

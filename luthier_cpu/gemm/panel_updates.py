@@ -149,8 +149,8 @@ def panel_update_gradients(data):
     total = num_input_panels
     for part in range(num_parts):
         total += num_panels(facts[part, NUM_OUTPUTS])
-    # Of which part u lies in pairs: of all its gradient does for the panels of inputs, which come first.
-    laid = -2
+    # The part of which u is packed in pairs; -1 is the gradient of all of u, for the panels of inputs, first.
+    packed = -2
     begin, end = share(table, total)
     for panel in range(begin, end):
         part, is_input = 0, panel < num_input_panels
@@ -167,9 +167,9 @@ def panel_update_gradients(data):
             source_at, stride = y_at + (facts[part, FIRST_OUTPUT] + first) * 2, y_stride
             wanted, rows_at = part, u_at + facts[part, FIRST_COLUMN] * 2
             num_ranks = (facts[part, RANK] + TILE - 1) // TILE * TILE
-        if wanted != laid:
+        if wanted != packed:
             _pair_rows(rows_at, width * 2, num_rows, num_ranks, scratch_at, pairs_at)
-            laid = wanted
+            packed = wanted
         for pair in range(num_pairs):
             row_at = source_at + 2 * pair * stride
             has_odd = 2 * pair + 1 < num_rows

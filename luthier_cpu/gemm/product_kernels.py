@@ -75,7 +75,7 @@ def _multiply_half(table, half, data):
 
 @inlined
 def _fill_asked(table, panel, num_panels, num_parts, asked_at, otherwise):
-    """Write what this thread asks for during the parts of its panel of a number, out of so many.
+    """Write what this thread prefetches during the parts of its panel of a number, of `num_panels`.
 
     What the next kernel reads of the adapters of this thread's rows is parted among the parts of all its
     panels, one row after the other.

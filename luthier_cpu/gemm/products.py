@@ -24,11 +24,11 @@ class TiledWeight:
 
     Args:
         weight_OK: bfloat16, K a multiple of 32; copied.
-        memory: where it is laid, as many bytes as `tiled_bytes` says; its own when left out.
+        memory: where it is stored, as many bytes as `tiled_bytes` says; its own when left out.
 
     Raises:
         RuntimeError: where there are no such products, by `has_tiles`.
-        ValueError: when the memory is not so many bytes, or does not begin at a multiple of 64.
+        ValueError: when the memory is of another size, or does not begin at a multiple of 64.
     """
 
     def __init__(self, weight_OK: torch.Tensor, memory: torch.Tensor | None = None) -> None:
@@ -75,7 +75,7 @@ def tiled_bytes(weight_OK: torch.Tensor) -> int:
 
 
 def can_tile(weight_OK: torch.Tensor) -> bool:
-    """Whether a weight can be laid out so here."""
+    """Whether a weight can be stored so here."""
     return weight_OK.dtype == torch.bfloat16 and weight_OK.shape[1] % TILE_INPUTS == 0 and has_tiles()
 
 

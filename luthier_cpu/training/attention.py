@@ -47,9 +47,9 @@ class _Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Heads:
-    """How q, k and v lie side by side, the turning of every position, and the width of the result.
+    """The order of q, k and v side by side, the turning of every position, and the width of the result.
 
-    The first `num_shared` positions are the same in all rows, and lie once before what each row has of its
+    The first `num_shared` positions are the same in all rows, and are once before what each row has of its
     own: N is num_shared plus B times (T - num_shared).
     """
 

@@ -239,7 +239,7 @@ def fuse(method: Method, attached: Attached, adapter: str = "default") -> FusedL
     trained = [parameter for _, parameter in attached.named_trained_parameters()]
     has_virtual = method.virtual_embeddings(attached) is not None
     if has_virtual or method.virtual_key_values(attached) is not None:
-        # Virtual tokens and what makes them lie beside the base; their method differentiates them itself.
+        # Virtual tokens and what makes them are beside the base; their method differentiates them itself.
         inner = {id(parameter) for parameter in attached.causal_lm.parameters()}
         trained = [parameter for parameter in trained if id(parameter) in inner]
     return fused if all(id(parameter) in reached for parameter in trained) else None

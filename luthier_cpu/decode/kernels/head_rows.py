@@ -110,7 +110,7 @@ turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
 
 @intrinsic
 def transpose_scaled(_context, source, factors, target, target_stride, like):
-    """Write 16 rows of 16 float32, one after the other, as 16 columns, so many bytes apart; number i of each
+    """Write 16 rows of 16 float32, one after the other, as 16 columns at a stride in bytes; number i of each
     row is multiplied by factor i."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -159,8 +159,8 @@ def weigh_columns(_context, scores, num_keys, highest, totals, factors, weights)
     """Turn scores of 16 queries, float32 [keys, 16], into weights beside each query's highest so far.
 
     Weights go as bfloat16 pairs of two keys, [keys / 2, 16, 2]; keys are a multiple of 4, and one whose score
-    is the lowest weighs nothing. `highest` and the sums of weights, `totals`, go on, and `factors` get what
-    all that was summed before is to be multiplied by.
+    is the lowest weighs nothing. `highest` and the sums of weights, `totals`, are updated, and `factors` get
+    what all earlier sums are to be multiplied by.
     """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -203,9 +203,10 @@ def weigh_columns(_context, scores, num_keys, highest, totals, factors, weights)
 
 @intrinsic
 def pack_columns(_context, first, second, num_first, num_second, size, target, stride):
-    """Write two pages of 16 rows of bfloat16 as columns of 32, so many bytes apart.
+    """Write two pages of 16 rows of bfloat16 as columns of 32 at a stride in bytes.
 
-    `size`, of a row, is a multiple of 16. Rows after the first so many of a page become zeros.
+    `size`, of a row, is a multiple of 16. Rows of a page after its first `num_first` (`num_second`) become
+    zeros.
     """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:

@@ -1,7 +1,7 @@
 """Low-rank updates and bottlenecks of rows by pairs of bfloat16 (AVX-512 BF16).
 
 `dot_fours` is the way in: the products of a row with an adapter's rows. `add_pairs_to_row` and
-`add_pairs_to_rows` are the way out, by a matrix [R, columns] that lies in pairs of its rows,
+`add_pairs_to_rows` are the way out, by a matrix [R, columns] that is stored in pairs of its rows,
 [columns/64, R/2, 64, 2] (blocks.py): one instruction multiplies a pair of a row's numbers with 16 columns.
 All addresses are int64, all strides bytes.
 """
@@ -31,7 +31,7 @@ _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
 @intrinsic
 def dot_fours(_context, first, num_rows, x, size, out, like):
-    """Write the products of rows of bfloat16, which lie one after the other, with x, as float32.
+    """Write the products of rows of bfloat16, stored one after the other, with x, as float32.
 
     Rows are a multiple of 4, their numbers one of 32. Nothing is emitted where kernels multiply no pairs.
     """
@@ -50,7 +50,7 @@ def dot_fours(_context, first, num_rows, x, size, out, like):
                 machine.opaque(builder.add(start, builder.mul(row_bytes, I64(number))))
                 for number in range(_FOUR)
             ]
-            # The four rows after these, in the order in which they lie.
+            # The four rows after these, in the order of memory.
             ahead = builder.add(start, four_bytes)
 
             def multiply(num_lines: int) -> Body:

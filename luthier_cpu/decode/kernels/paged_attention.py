@@ -32,7 +32,7 @@ from luthier_cpu.decode.kernels.row_attention import add_values, score_keys, tur
 from luthier_cpu.gemm.bf16_gemm import round_lanes
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS
 
-# How far ahead of their use pages are asked for; measured. The processor foresees nothing of what lies in
+# How far ahead of their use pages are prefetched; measured. The processor foresees nothing of what is in
 # pages, and its nearest cache waits for too few lines at a time to have them come as fast as memory gives.
 _AHEAD_BYTES = 1 << 16
 
@@ -72,7 +72,7 @@ def _round_weights(weights_at, num_keys):
 
 @inlined
 def _place_of(row, head, page, shape, pages_MW, data):
-    """Return how far behind all pages' begin the keys of a row's page and a key head lie, and their bytes."""
+    """Return how far behind all pages' begin the keys of a row's page and a key head are, and their bytes."""
     num_kv_heads, size, page_size = shape
     head_bytes = page_size * size * item_size(data)
     return (pages_MW[row, page] * num_kv_heads + head) * head_bytes, head_bytes

@@ -83,7 +83,7 @@ def _pack_queries(qkv_at, first_row, some, num_blocks, heads, tables, scale, roo
     """Lay the queries of some blocks, and note the last key that each may see.
 
     Queries of a token stand side by side; those after a chunk's last repeat it. `room` is where the blocks
-    go, and where one may lie until then.
+    go, and where one may be until then.
     """
     num_queries, position, head, num_columns, groups, size = heads
     queries_at, turned_at = room

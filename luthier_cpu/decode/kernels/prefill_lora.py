@@ -1,8 +1,8 @@
 """The compiled low-rank updates of chunks of tokens, each with an adapter of its own, in pairs.
 
-An adapter lies as the kernels of single rows read it (batch_layout.py). Its ranks are laid into tiles as they
-are used, which costs less than one block of 16 tokens; its outputs are read as they lie. Pairs of a chunk
-and a site are shared out among the threads.
+An adapter is stored as the kernels of single rows read it (batch_layout.py). Its ranks are packed as they
+are used, which costs less than one block of 16 tokens; its outputs are read as they are stored. Pairs of a
+chunk and a site are shared out among the threads.
 """
 
 # numba reads the loops themselves and takes their types from the arguments.
