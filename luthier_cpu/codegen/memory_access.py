@@ -7,13 +7,14 @@ The compiler's own vectors stop at a conversion of bits in the middle of a sum. 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
 from numba.core.codegen import get_host_cpu_features
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 I64, I32, I16, F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
 LANES = 16
@@ -34,6 +35,37 @@ def has_feature(name: str) -> bool:
 HAS_PAIRS = has_feature("avx512bf16")
 # Whether there is a matrix unit (Intel AMX), which oneDNN's products use.
 HAS_UNIT = has_feature("amx-tile") and has_feature("amx-bf16")
+
+
+def emitted(result: Any = types.int64, **kinds: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function that emits code into one that kernels call (numba's `intrinsic`).
+
+    Its arguments after the builder are LLVM values, of int64 but for `kinds`. Of one named `like`, a kernel's
+    pointer, it gets numba's type alone. Where it returns no value, 0 is returned.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        names = list(signature(emit).parameters)[1:]
+
+        def definition(_context: Any, *given: Any) -> Any:
+            by_name = dict(zip(names, given, strict=True))
+
+            def generate(_target: Any, builder: Any, _signature: Any, values: Any) -> Any:
+                operands = [
+                    by_name["like"] if name == "like" else value
+                    for name, value in zip(names, values, strict=True)
+                ]
+                value = emit(builder, *operands)
+                return I64(0) if value is None else value
+
+            own = [by_name["like"] if name == "like" else kinds.get(name, types.int64) for name in names]
+            return result(*own), generate
+
+        definition.__name__, definition.__doc__ = emit.__name__, emit.__doc__
+        definition.__signature__ = signature(emit)  # type: ignore[attr-defined]
+        return intrinsic(definition)
+
+    return decorate
 
 
 class BFloat16(ir.Type):

@@ -26,7 +26,7 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, overload
 
-from luthier_cpu.codegen.memory_access import to_bfloat16
+from luthier_cpu.codegen.memory_access import emitted, to_bfloat16
 from luthier_cpu.codegen.openmp import TABLE_SIZE
 
 # Between which numbers the exponential is taken; and ln 2 in two parts, so that a whole number times the
@@ -135,25 +135,17 @@ at_float32, at_float64, at_int64, at_int32, at_uint8 = (
 )
 
 
-@intrinsic
-def number(_context: Any, bits: Any) -> Any:
+@emitted(types.float32)
+def number(builder, bits):
     """Read the lower half of an int64 as a float32."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.trunc(arguments[0], _I32), _F32)
-
-    return types.float32(types.int64), generate
+    return builder.bitcast(builder.trunc(bits, _I32), _F32)
 
 
-@intrinsic
-def _call(_context: Any, address: Any) -> Any:
+@emitted()
+def _call(builder, address):
     """Call a C function of no arguments that returns an int, at its address."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_I32, ())
-        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), ()), _I64)
-
-    return types.int64(types.int64), generate
+    kind = ir.FunctionType(_I32, ())
+    return builder.sext(builder.call(builder.inttoptr(address, kind.as_pointer()), ()), _I64)
 
 
 @inlined
@@ -191,36 +183,23 @@ def open_scratch(table, place, num_zero_bytes):
     return scratch_at
 
 
-@intrinsic
-def _from_bfloat16(_context: Any, bits: Any) -> Any:
+@emitted(types.float32, bits=types.uint16)
+def _from_bfloat16(builder, bits):
     """Read the bits of a bfloat16 as a float32: they are its upper half."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        wide = builder.zext(arguments[0], _I32)
-        return builder.bitcast(builder.shl(wide, _I32(16)), _F32)
-
-    return types.float32(types.uint16), generate
+    return builder.bitcast(builder.shl(builder.zext(bits, _I32), _I32(16)), _F32)
 
 
-@intrinsic
-def _to_bfloat16(_context: Any, value: Any) -> Any:
+@emitted(types.uint16, value=types.float32)
+def _to_bfloat16(builder, value):
     """Return the bits of the nearest bfloat16, of two equally near ones the even."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return to_bfloat16(builder, arguments[0])
-
-    return types.uint16(types.float32), generate
+    return to_bfloat16(builder, value)
 
 
-@intrinsic
-def _power_of_two(_context: Any, exponent: Any) -> Any:
+@emitted(types.float32, exponent=types.float32)
+def _power_of_two(builder, exponent):
     """Return 2 to a whole float32 from -126 to 127, by its bits."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        biased = builder.add(builder.fptosi(arguments[0], _I32), _I32(127))
-        return builder.bitcast(builder.shl(biased, _I32(23)), _F32)
-
-    return types.float32(types.float32), generate
+    biased = builder.add(builder.fptosi(exponent, _I32), _I32(127))
+    return builder.bitcast(builder.shl(biased, _I32(23)), _F32)
 
 
 def wide(stored):

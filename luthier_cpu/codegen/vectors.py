@@ -5,15 +5,12 @@ rows, or of 64 columns, in registers and read each weight once. All addresses ar
 numbers, and `like` is a kernel's typed pointer, which says what the rows hold.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import Machine
 from luthier_cpu.codegen.memory_access import (
@@ -25,6 +22,7 @@ from luthier_cpu.codegen.memory_access import (
     Body,
     Memory,
     broadcast,
+    emitted,
     is_bfloat16,
     lanes_below,
     loop,
@@ -99,52 +97,46 @@ def emit_dots(
         memory.store(total, out, builder.mul(out_stride, I64(which)))
 
 
-@intrinsic
-def dot_rows(_context, first, num_rows, x, size, out, like):
+@emitted()
+def dot_rows(builder, first, num_rows, x, size, out, like):
     """Write the products of rows, stored one after the other, with x, float32; all are read in order."""
+    rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+    memory = Memory(builder, is_bfloat16=False)
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, num_rows, x, size, out = arguments[:5]
-        rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-        memory = Memory(builder, is_bfloat16=False)
+    def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        start = builder.mul(row, size)
 
-        def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            start = builder.mul(row, size)
+        def multiply(lanes: int, num_sums: int) -> Body:
+            def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                places = [builder.add(index, I64(lanes * number)) for number in range(num_sums)]
+                if num_sums > 1:
+                    ahead = builder.add(builder.add(start, index), I64(_AHEAD))
+                    for line in range(0, num_sums, 2):
+                        rows.prefetch(first, builder.add(ahead, I64(line * LANES)))
+                return [
+                    multiply_add(
+                        builder,
+                        rows.load(first, builder.add(start, place), lanes),
+                        memory.load(x, place, lanes),
+                        total,
+                    )
+                    for place, total in zip(places, sums, strict=True)
+                ]
 
-            def multiply(lanes: int, num_sums: int) -> Body:
-                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                    places = [builder.add(index, I64(lanes * number)) for number in range(num_sums)]
-                    if num_sums > 1:
-                        ahead = builder.add(builder.add(start, index), I64(_AHEAD))
-                        for line in range(0, num_sums, 2):
-                            rows.prefetch(first, builder.add(ahead, I64(line * LANES)))
-                    return [
-                        multiply_add(
-                            builder,
-                            rows.load(first, builder.add(start, place), lanes),
-                            memory.load(x, place, lanes),
-                            total,
-                        )
-                        for place, total in zip(places, sums, strict=True)
-                    ]
+            return body
 
-                return body
+        zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * _NUM_SUMS
+        width = _NUM_SUMS * LANES
+        index, sums = loop(builder, I64(0), size, width, zeros, multiply(LANES, _NUM_SUMS))
+        index, first_sum = loop(builder, index, size, LANES, sums[:1], multiply(LANES, 1))
+        _, rest = loop(builder, index, size, 1, [F32(0.0)], multiply(1, 1))
+        total = sum_four(builder, [*first_sum, *sums[1:]])
+        for lane in range(_NUM_SUMS):
+            rest = [builder.fadd(rest[0], builder.extract_element(total, I32(lane)))]
+        memory.store(rest[0], out, row)
+        return []
 
-            zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * _NUM_SUMS
-            width = _NUM_SUMS * LANES
-            index, sums = loop(builder, I64(0), size, width, zeros, multiply(LANES, _NUM_SUMS))
-            index, first_sum = loop(builder, index, size, LANES, sums[:1], multiply(LANES, 1))
-            _, rest = loop(builder, index, size, 1, [F32(0.0)], multiply(1, 1))
-            total = sum_four(builder, [*first_sum, *sums[1:]])
-            for lane in range(_NUM_SUMS):
-                rest = [builder.fadd(rest[0], builder.extract_element(total, I32(lane)))]
-            memory.store(rest[0], out, row)
-            return []
-
-        loop(builder, I64(0), num_rows, 1, [], row_body)
-        return ir.Constant(I64, 0)
-
-    return types.int64(*[types.int64] * 5, like), generate
+    loop(builder, I64(0), num_rows, 1, [], row_body)
 
 
 def emit_additions(
@@ -190,65 +182,49 @@ def emit_additions(
     loop(builder, index, size, 1, [], columns(1, 1))
 
 
-@intrinsic
-def add_rows(_context, first, stride, factors, num_rows, out, size, like):
+@emitted()
+def add_rows(builder, first, stride, factors, num_rows, out, size, like):
     """Add rows, each times its float32 factor, to the float32 numbers at out."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, stride, factors, num_rows, out, size = arguments[:6]
-        places = (first, stride, factors, I64(0), num_rows, out, I64(0), size)
-        emit_additions(builder, places, 1, Memory(builder, is_bfloat16=is_bfloat16(like)))
-        return ir.Constant(I64, 0)
-
-    return types.int64(*[types.int64] * 6, like), generate
+    places = (first, stride, factors, I64(0), num_rows, out, I64(0), size)
+    emit_additions(builder, places, 1, Memory(builder, is_bfloat16=is_bfloat16(like)))
 
 
-@intrinsic
-def highest_of(_context, numbers, count):
+@emitted(types.float32)
+def highest_of(builder, numbers, count):
     """Return the highest of some float32 numbers, at least one; what is no number is passed over."""
+    floats = Memory(builder, is_bfloat16=False)
+    lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        numbers, count = arguments
-        floats = Memory(builder, is_bfloat16=False)
-        lowest = ir.Constant(VECTOR, [float("-inf")] * LANES)
+    def higher(a: ir.Value, b: ir.Value) -> ir.Value:
+        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
-        def higher(a: ir.Value, b: ir.Value) -> ir.Value:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+    def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+        return [higher(floats.load(numbers, index, LANES), held[0])]
 
-        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-            return [higher(floats.load(numbers, index, LANES), held[0])]
-
-        index, found = loop(builder, I64(0), count, LANES, [lowest], step)
-        mask = lanes_below(builder, builder.sub(count, index))
-        rest = builder.select(mask, floats.load_some(numbers, index, mask), lowest)
-        highest = higher(rest, found[0])
-        for shift in (8, 4, 2, 1):
-            others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ shift for lane in range(LANES)])
-            highest = higher(highest, builder.shuffle_vector(highest, highest, others))
-        return builder.extract_element(highest, I32(0))
-
-    return types.float32(types.int64, types.int64), generate
+    index, found = loop(builder, I64(0), count, LANES, [lowest], step)
+    mask = lanes_below(builder, builder.sub(count, index))
+    rest = builder.select(mask, floats.load_some(numbers, index, mask), lowest)
+    highest = higher(rest, found[0])
+    for shift in (8, 4, 2, 1):
+        others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ shift for lane in range(LANES)])
+        highest = higher(highest, builder.shuffle_vector(highest, highest, others))
+    return builder.extract_element(highest, I32(0))
 
 
 def _prefetching(*, is_nearest: bool) -> Any:
-    @intrinsic
-    def ask(_context, place, num_lines):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            place, num_lines = arguments
-            machine = Machine(builder)
+    @emitted()
+    def ask(builder, place, num_lines):
+        machine = Machine(builder)
 
-            def one(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                address = builder.add(place, builder.mul(line, I64(4 * LANES)))
-                if is_nearest:
-                    prefetch(builder, machine.pointer(address))
-                else:
-                    machine.prefetch_behind(address)
-                return []
+        def one(line: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            address = builder.add(place, builder.mul(line, I64(4 * LANES)))
+            if is_nearest:
+                prefetch(builder, machine.pointer(address))
+            else:
+                machine.prefetch_behind(address)
+            return []
 
-            loop(builder, I64(0), num_lines, 1, [], one)
-            return ir.Constant(I64, 0)
-
-        return types.int64(types.int64, types.int64), generate
+        loop(builder, I64(0), num_lines, 1, [], one)
 
     return ask
 

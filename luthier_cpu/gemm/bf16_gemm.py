@@ -4,18 +4,23 @@ A line of a tile is a pair of inputs for each of 16 outputs: one instruction mul
 of a row and adds to 16 sums. All addresses are int64 and all strides bytes.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import BITS, LINE_BYTES, STEP_BYTES, SUMS, TILE_BYTES, Machine
-from luthier_cpu.codegen.memory_access import HALVES, I64, LANES, Body, loop, rounded_bits, to_bfloat16
+from luthier_cpu.codegen.memory_access import (
+    HALVES,
+    I64,
+    LANES,
+    Body,
+    emitted,
+    loop,
+    rounded_bits,
+    to_bfloat16,
+)
 
 # How many steps' weights, of 32 inputs each, are taken at a time, and how many before their use they are
 # asked for while several blocks of rows pass by.
@@ -99,14 +104,10 @@ def _emit_rows(
 
 
 def _rows_product(num_tiles: int, step_bytes: int, sizes: tuple[int, ...]) -> Any:
-    @intrinsic
-    def multiply(_context, weights, x, stride, num_steps, num_rows, out):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            widths = {"num_tiles": num_tiles, "step_bytes": step_bytes, "out_stride": 64 * num_tiles}
-            _emit_rows(builder, arguments, **widths, sizes=sizes)
-            return I64(0)
-
-        return types.int64(*[types.int64] * 6), generate
+    @emitted()
+    def multiply(builder, weights, x, stride, num_steps, num_rows, out):
+        widths = {"num_tiles": num_tiles, "step_bytes": step_bytes, "out_stride": 64 * num_tiles}
+        _emit_rows(builder, (weights, x, stride, num_steps, num_rows, out), **widths, sizes=sizes)
 
     return multiply
 
@@ -180,31 +181,20 @@ def paired_bits(builder: ir.IRBuilder, even: ir.Value, odd: ir.Value) -> ir.Valu
     return builder.or_(low, builder.and_(odd, ir.Constant(BITS, [-65536] * LANES)))
 
 
-@intrinsic
-def interleave(_context, even, odd, target):
+@emitted()
+def interleave(builder, even, odd, target):
     """Write two rows of 16 bfloat16 as one row of 16 pairs."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        machine = Machine(builder)
-        low, high = (
-            builder.zext(builder.load(machine.pointer(place, HALVES), align=2), BITS)
-            for place in arguments[:2]
-        )
-        pairs = builder.or_(low, builder.shl(high, ir.Constant(BITS, [16] * LANES)))
-        builder.store(pairs, machine.pointer(arguments[2], BITS), align=4)
-        return I64(0)
-
-    return types.int64(types.int64, types.int64, types.int64), generate
+    machine = Machine(builder)
+    low, high = (
+        builder.zext(builder.load(machine.pointer(place, HALVES), align=2), BITS) for place in (even, odd)
+    )
+    pairs = builder.or_(low, builder.shl(high, ir.Constant(BITS, [16] * LANES)))
+    builder.store(pairs, machine.pointer(target, BITS), align=4)
 
 
-@intrinsic
-def round_lanes(_context, source, target):
+@emitted()
+def round_lanes(builder, source, target):
     """Write 16 float32 as the nearest bfloat16, of two equally near ones the even."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        machine = Machine(builder)
-        floats = builder.load(machine.pointer(arguments[0], SUMS), align=4)
-        builder.store(to_bfloat16(builder, floats), machine.pointer(arguments[1], HALVES), align=2)
-        return I64(0)
-
-    return types.int64(types.int64, types.int64), generate
+    machine = Machine(builder)
+    floats = builder.load(machine.pointer(source, SUMS), align=4)
+    builder.store(to_bfloat16(builder, floats), machine.pointer(target, HALVES), align=2)

@@ -5,19 +5,15 @@ and prefetched, a line after the other as they are stored; rows and sums, which 
 addresses are int64 and all strides bytes.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import I8, LINE_BYTES, STEP_BYTES, SUMS, TILE_BYTES, Machine
-from luthier_cpu.codegen.memory_access import I64, LANES, Body, loop
+from luthier_cpu.codegen.memory_access import I64, LANES, Body, emitted, loop
 from luthier_cpu.gemm.bf16_gemm import emit_lines
 from luthier_cpu.gemm.tile_shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_ROWS
 
@@ -34,30 +30,26 @@ PANEL_SUMS = TILE_ROWS * PANEL_OUTPUTS
 MOST_ADDRESSES = 256
 
 
-@intrinsic
-def sums_of_panel(_context):
+@emitted()
+def sums_of_panel(
+    builder,
+):
     """Return the address of memory of the kernel's own for a panel's sums."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        memory = cgutils.alloca_once(builder, ir.ArrayType(I8, PANEL_SUMS * 4))
-        memory.align = 64
-        return builder.ptrtoint(memory, I64)
-
-    return types.int64(), generate
+    memory = cgutils.alloca_once(builder, ir.ArrayType(I8, PANEL_SUMS * 4))
+    memory.align = 64
+    return builder.ptrtoint(memory, I64)
 
 
-@intrinsic
-def addresses_of_steps(_context):
+@emitted()
+def addresses_of_steps(
+    builder,
+):
     """Return the address of memory of the kernel's own: for `MOST_ADDRESSES` addresses."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
-        return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I64, MOST_ADDRESSES)), I64)
-
-    return types.int64(), generate
+    return builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I64, MOST_ADDRESSES)), I64)
 
 
-@intrinsic
-def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out, asked):
+@emitted()
+def multiply_panel(builder, weights, x, stride, num_steps, num_rows, out, asked):
     """Write the products of up to 16 rows with the panel that begins at an address, float32 [rows, 64].
 
     Up to eight rows take as long as memory, and their weights are read a tile after the other. More take as
@@ -67,30 +59,24 @@ def multiply_panel(_context, weights, x, stride, num_steps, num_rows, out, asked
     A step is of 32 inputs. `asked` is the address of other addresses, 0 for none: of more than eight rows,
     what begins there, `STEPS_TOGETHER` times `STEP_BYTES`, is prefetched during as many steps.
     """
+    products = [weights, x, stride, num_steps, num_rows, out]
+    machine = Machine(builder)
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        *products, asked = arguments
-        num_rows, out = products[4:]
-        machine = Machine(builder)
+    def clear(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        for tile in range(_TILES_OF_PANEL):
+            place = builder.add(out, builder.add(builder.mul(row, I64(_OUT_BYTES)), I64(64 * tile)))
+            builder.store(_ZERO, machine.pointer(place, SUMS), align=4)
+        return []
 
-        def clear(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            for tile in range(_TILES_OF_PANEL):
-                place = builder.add(out, builder.add(builder.mul(row, I64(_OUT_BYTES)), I64(64 * tile)))
-                builder.store(_ZERO, machine.pointer(place, SUMS), align=4)
-            return []
-
-        loop(builder, I64(0), num_rows, 1, [], clear)
-        with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
-            with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
-                with asking:
-                    _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
-                with others:
-                    _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
-            with few:
-                _emit_steps(builder, products, num_tiles=1, num_together=1)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 7), generate
+    loop(builder, I64(0), num_rows, 1, [], clear)
+    with builder.if_else(builder.icmp_signed(">", num_rows, I64(MOST_ROWS))) as (many, few):
+        with many, builder.if_else(builder.icmp_signed("!=", asked, I64(0))) as (asking, others):
+            with asking:
+                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER, asked=asked)
+            with others:
+                _emit_steps(builder, products, num_tiles=2, num_together=STEPS_TOGETHER)
+        with few:
+            _emit_steps(builder, products, num_tiles=1, num_together=1)
 
 
 def _emit_steps(
@@ -192,35 +178,30 @@ def _row_product(num_tiles: int) -> Any:
     Sums are the same for any number of tiles, and so however panels are shared out.
     """
 
-    @intrinsic
-    def multiply(_context, weights, x, num_steps, out):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            weights, x, num_steps, out = arguments
-            machine = Machine(builder)
+    @emitted()
+    def multiply(builder, weights, x, num_steps, out):
+        machine = Machine(builder)
 
-            def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-                sums = list(held)
-                place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
-                inputs = builder.add(x, builder.mul(index, I64(64)))
-                for tile in range(num_tiles):
-                    begin = builder.add(place, I64(tile * TILE_BYTES))
-                    for number in range(LANES):
-                        weight = machine.line(begin, number)
-                        machine.prefetch_behind(builder.add(begin, I64(STEP_BYTES + LINE_BYTES * number)))
-                        pair = machine.repeated(builder.add(inputs, I64(4 * number)))
-                        # Two sums a tile, so that one needn't wait for the other.
-                        own = 2 * tile + number % 2
-                        sums[own] = machine.multiply_pairs(sums[own], pair, weight)
-                return sums
-
-            _, sums = loop(builder, I64(0), num_steps, 1, [_ZERO] * (2 * num_tiles), step)
+        def step(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+            sums = list(held)
+            place = builder.add(weights, builder.mul(index, I64(STEP_BYTES)))
+            inputs = builder.add(x, builder.mul(index, I64(64)))
             for tile in range(num_tiles):
-                total = builder.fadd(sums[2 * tile], sums[2 * tile + 1])
-                place = machine.pointer(builder.add(out, I64(64 * tile)), SUMS)
-                builder.store(total, place, align=4)
-            return I64(0)
+                begin = builder.add(place, I64(tile * TILE_BYTES))
+                for number in range(LANES):
+                    weight = machine.line(begin, number)
+                    machine.prefetch_behind(builder.add(begin, I64(STEP_BYTES + LINE_BYTES * number)))
+                    pair = machine.repeated(builder.add(inputs, I64(4 * number)))
+                    # Two sums a tile, so that one needn't wait for the other.
+                    own = 2 * tile + number % 2
+                    sums[own] = machine.multiply_pairs(sums[own], pair, weight)
+            return sums
 
-        return types.int64(*[types.int64] * 4), generate
+        _, sums = loop(builder, I64(0), num_steps, 1, [_ZERO] * (2 * num_tiles), step)
+        for tile in range(num_tiles):
+            total = builder.fadd(sums[2 * tile], sums[2 * tile + 1])
+            place = machine.pointer(builder.add(out, I64(64 * tile)), SUMS)
+            builder.store(total, place, align=4)
 
     return multiply
 

@@ -7,15 +7,11 @@ int64 and all strides bytes.
 Legend: T tiles of 16 columns.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import BITS, SUMS, Machine
 from luthier_cpu.codegen.memory_access import (
@@ -25,6 +21,7 @@ from luthier_cpu.codegen.memory_access import (
     LANES,
     Memory,
     constant,
+    emitted,
     lanes_below,
     loop,
     number_of_bits,
@@ -37,29 +34,32 @@ _LINE = 64
 
 
 def _emit_sums(
-    builder: ir.IRBuilder, num_rows: int, num_tiles: int, operands: list[ir.Value]
+    builder: ir.IRBuilder,
+    num_rows: int,
+    num_tiles: int,
+    panels: tuple[tuple[ir.Value, ...], ...],
+    before: ir.Value,
+    before_stride: ir.Value,
 ) -> list[ir.Value]:
-    """Emit the sums of a block over two panels, row by row of each tile.
+    """Emit the sums of a block over panels, row by row of each tile.
 
     Args:
         builder: where the code goes.
         num_tiles: T; their sums and a line must find room in registers.
-        operands: of each panel its address, its pairs, the rows' address, their stride and that of their
-            pairs; then the address of the sums so far, float32, and their stride.
+        panels: of each its address, its pairs, the rows' address, their stride and that of their pairs.
+        before: the address of the sums so far, float32.
 
     Returns:
         The sums, vectors of 16 float32.
     """
     machine = Machine(builder)
-    before, before_stride = operands[10:12]
     sums = []
     for row in range(num_rows):
         first = builder.add(before, builder.mul(before_stride, I64(row)))
         for tile in range(num_tiles):
             place = machine.pointer(builder.add(first, I64(_LINE * tile)), SUMS)
             sums.append(builder.load(place, align=4))
-    for which in range(2):
-        panel, num_pairs, x, row_stride, pair_stride = operands[5 * which : 5 * which + 5]
+    for panel, num_pairs, x, row_stride, pair_stride in panels:
         starts = [builder.add(x, builder.mul(row_stride, I64(row))) for row in range(num_rows)]
 
         def step(
@@ -90,9 +90,9 @@ def _emit_sums(
 def _finished_block(num_rows: int, num_tiles: int) -> Any:
     """Return the intrinsic of a block that rounds its sums into the result."""
 
-    @intrinsic
+    @emitted()
     def finish(
-        _context,
+        builder,
         panel,
         pairs,
         x,
@@ -111,22 +111,19 @@ def _finished_block(num_rows: int, num_tiles: int) -> Any:
         residual_stride,
         num_columns,
     ):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            sums = _emit_sums(builder, num_rows, num_tiles, arguments[:12])
-            out, out_stride, residual, residual_stride, num_columns = arguments[12:]
-            memory = Memory(builder, is_bfloat16=True)
-            masks = [lanes_below(builder, num_columns, tile * LANES) for tile in range(num_tiles)]
-            for row in range(num_rows):
-                target = builder.add(out, builder.mul(out_stride, I64(row)))
-                added = builder.add(residual, builder.mul(residual_stride, I64(row)))
-                for tile, mask in enumerate(masks):
-                    first = I64(tile * LANES)
-                    total = sums[row * num_tiles + tile]
-                    total = builder.fadd(total, memory.load_some(added, first, mask))
-                    memory.store_some(total, target, first, mask)
-            return I64(0)
-
-        return types.int64(*[types.int64] * 17), generate
+        own = (panel, pairs, x, row_stride, pair_stride)
+        low_rank = (low_panel, low_pairs, low, low_stride, low_pair_stride)
+        sums = _emit_sums(builder, num_rows, num_tiles, (own, low_rank), before, before_stride)
+        memory = Memory(builder, is_bfloat16=True)
+        masks = [lanes_below(builder, num_columns, tile * LANES) for tile in range(num_tiles)]
+        for row in range(num_rows):
+            target = builder.add(out, builder.mul(out_stride, I64(row)))
+            added = builder.add(residual, builder.mul(residual_stride, I64(row)))
+            for tile, mask in enumerate(masks):
+                first = I64(tile * LANES)
+                total = sums[row * num_tiles + tile]
+                total = builder.fadd(total, memory.load_some(added, first, mask))
+                memory.store_some(total, target, first, mask)
 
     return finish
 
@@ -134,31 +131,15 @@ def _finished_block(num_rows: int, num_tiles: int) -> Any:
 def _kept_block(num_rows: int, num_tiles: int) -> Any:
     """Return the intrinsic of a block that keeps its sums, float32."""
 
-    @intrinsic
-    def keep(
-        _context,
-        panel,
-        pairs,
-        x,
-        row_stride,
-        pair_stride,
-        before,
-        before_stride,
-        out,
-        out_stride,
-    ):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            nothing = [I64(0)] * 5
-            operands = [*arguments[:5], *nothing, *arguments[5:7]]
-            sums = _emit_sums(builder, num_rows, num_tiles, operands)
-            memory = Memory(builder, is_bfloat16=False)
-            for row in range(num_rows):
-                target = builder.add(arguments[7], builder.mul(arguments[8], I64(row)))
-                for tile in range(num_tiles):
-                    memory.store(sums[row * num_tiles + tile], target, I64(tile * LANES))
-            return I64(0)
-
-        return types.int64(*[types.int64] * 9), generate
+    @emitted()
+    def keep(builder, panel, pairs, x, row_stride, pair_stride, before, before_stride, out, out_stride):
+        own = (panel, pairs, x, row_stride, pair_stride)
+        sums = _emit_sums(builder, num_rows, num_tiles, (own,), before, before_stride)
+        memory = Memory(builder, is_bfloat16=False)
+        for row in range(num_rows):
+            target = builder.add(out, builder.mul(out_stride, I64(row)))
+            for tile in range(num_tiles):
+                memory.store(sums[row * num_tiles + tile], target, I64(tile * LANES))
 
     return keep
 
@@ -169,22 +150,16 @@ finish_16_rows_of_tile, finish_1_row_of_tile = _finished_block(16, 1), _finished
 finish_6_rows_of_64, finish_1_row_of_64 = _finished_block(6, 4), _finished_block(1, 4)
 
 
-@intrinsic
-def pack_pairs(_context, source, stride, num_rows, target, target_stride):
+@emitted()
+def pack_pairs(builder, source, stride, num_rows, target, target_stride):
     """Write 32 bfloat16 of up to 16 rows as 16 lines of pairs, a row a column; further columns repeat the
     last row."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        source, stride, num_rows, target, target_stride = arguments
-        machine = Machine(builder)
-        starts = row_starts(builder, source, stride, num_rows)
-        rows = [builder.load(machine.pointer(start, BITS), align=2) for start in starts]
-        for number, line in enumerate(transposed(builder, rows)):
-            place = builder.add(target, builder.mul(target_stride, I64(number)))
-            builder.store(line, machine.pointer(place, BITS), align=_LINE)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 5), generate
+    machine = Machine(builder)
+    starts = row_starts(builder, source, stride, num_rows)
+    rows = [builder.load(machine.pointer(start, BITS), align=2) for start in starts]
+    for number, line in enumerate(transposed(builder, rows)):
+        place = builder.add(target, builder.mul(target_stride, I64(number)))
+        builder.store(line, machine.pointer(place, BITS), align=_LINE)
 
 
 def _rounded_halves(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
@@ -192,55 +167,44 @@ def _rounded_halves(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
     return builder.lshr(rounded_bits(builder, builder.bitcast(floats, BITS)), constant(BITS, 16))
 
 
-@intrinsic
-def pack_scaled_pairs(_context, source, stride, num_rows, num_numbers, scale, target, target_stride):
+@emitted()
+def pack_scaled_pairs(builder, source, stride, num_rows, num_numbers, scale, target, target_stride):
     """Write the first 32 float32 of up to 16 rows, times a scale, as `pack_pairs` does.
 
     The scale goes as the bits of a float32. Numbers that there are not are zeros.
     """
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        source, stride, num_rows, num_numbers, scale, target, target_stride = arguments
-        machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
-        factor = number_of_bits(builder, scale)
-        rows = []
-        for start in row_starts(builder, source, stride, num_rows):
-            parts = []
-            for first in (0, LANES):
-                mask = lanes_below(builder, num_numbers, first)
-                floats = builder.fmul(memory.load_some(start, I64(first), mask), factor)
-                parts.append(builder.trunc(_rounded_halves(builder, floats), HALVES))
-            order = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
-            rows.append(builder.bitcast(builder.shuffle_vector(parts[0], parts[1], order), BITS))
-        for number, line in enumerate(transposed(builder, rows)):
-            place = builder.add(target, builder.mul(target_stride, I64(number)))
-            builder.store(line, machine.pointer(place, BITS), align=_LINE)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 7), generate
+    machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
+    factor = number_of_bits(builder, scale)
+    rows = []
+    for start in row_starts(builder, source, stride, num_rows):
+        parts = []
+        for first in (0, LANES):
+            mask = lanes_below(builder, num_numbers, first)
+            floats = builder.fmul(memory.load_some(start, I64(first), mask), factor)
+            parts.append(builder.trunc(_rounded_halves(builder, floats), HALVES))
+        order = ir.Constant(ir.VectorType(I32, 2 * LANES), list(range(2 * LANES)))
+        rows.append(builder.bitcast(builder.shuffle_vector(parts[0], parts[1], order), BITS))
+    for number, line in enumerate(transposed(builder, rows)):
+        place = builder.add(target, builder.mul(target_stride, I64(number)))
+        builder.store(line, machine.pointer(place, BITS), align=_LINE)
 
 
 def _pairing(num_tiles: int) -> Any:
     """Return the intrinsic that pairs two rows as lines of 16 pairs."""
 
-    @intrinsic
-    def pair(_context, even, odd, num_columns, has_odd, target):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            even, odd, num_columns, has_odd, target = arguments
-            machine, memory = Machine(builder), Memory(builder, is_bfloat16=True)
-            num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
-            for tile in range(num_tiles):
-                first = tile * LANES
-                low = memory.load_some(even, I64(first), lanes_below(builder, num_columns, first))
-                high = memory.load_some(odd, I64(first), lanes_below(builder, num_odd, first))
-                # Widened they are their own upper halves.
-                low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
-                line = builder.or_(low, builder.bitcast(high, BITS))
-                place = machine.pointer(builder.add(target, I64(_LINE * tile)), BITS)
-                builder.store(line, place, align=4)
-            return I64(0)
-
-        return types.int64(*[types.int64] * 5), generate
+    @emitted()
+    def pair(builder, even, odd, num_columns, has_odd, target):
+        machine, memory = Machine(builder), Memory(builder, is_bfloat16=True)
+        num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
+        for tile in range(num_tiles):
+            first = tile * LANES
+            low = memory.load_some(even, I64(first), lanes_below(builder, num_columns, first))
+            high = memory.load_some(odd, I64(first), lanes_below(builder, num_odd, first))
+            # Widened they are their own upper halves.
+            low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
+            line = builder.or_(low, builder.bitcast(high, BITS))
+            place = machine.pointer(builder.add(target, I64(_LINE * tile)), BITS)
+            builder.store(line, place, align=4)
 
     return pair
 
@@ -249,25 +213,19 @@ def _pairing(num_tiles: int) -> Any:
 pair_lines, pair_lines_of_64 = _pairing(3), _pairing(4)
 
 
-@intrinsic
-def pair_scaled_line(_context, even, odd, num_columns, has_odd, scale, target):
+@emitted()
+def pair_scaled_line(builder, even, odd, num_columns, has_odd, scale, target):
     """Write up to 16 float32 of two rows, times a scale (the bits of a float32), as a line of pairs of
     bfloat16; what there is not are zeros."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        even, odd, num_columns, has_odd, scale, target = arguments
-        machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
-        factor = number_of_bits(builder, scale)
-        num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
-        low, high = (
-            _rounded_halves(
-                builder,
-                builder.fmul(memory.load_some(row, I64(0), lanes_below(builder, count)), factor),
-            )
-            for row, count in ((even, num_columns), (odd, num_odd))
+    machine, memory = Machine(builder), Memory(builder, is_bfloat16=False)
+    factor = number_of_bits(builder, scale)
+    num_odd = builder.select(builder.icmp_signed("!=", has_odd, I64(0)), num_columns, I64(0))
+    low, high = (
+        _rounded_halves(
+            builder,
+            builder.fmul(memory.load_some(row, I64(0), lanes_below(builder, count)), factor),
         )
-        line = builder.or_(low, builder.shl(high, constant(BITS, 16)))
-        builder.store(line, machine.pointer(target, BITS), align=4)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 6), generate
+        for row, count in ((even, num_columns), (odd, num_odd))
+    )
+    line = builder.or_(low, builder.shl(high, constant(BITS, 16)))
+    builder.store(line, machine.pointer(target, BITS), align=4)

@@ -5,8 +5,6 @@ spends most of its time on questions of overlap and on the last few numbers one 
 int64; `like` is a kernel's typed pointer, which says what the rows hold.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from collections.abc import Callable
@@ -14,7 +12,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import Machine
 from luthier_cpu.codegen.memory_access import (
@@ -29,6 +26,7 @@ from luthier_cpu.codegen.memory_access import (
     broadcast,
     call,
     constant,
+    emitted,
     is_bfloat16,
     lanes_below,
     loop,
@@ -40,26 +38,20 @@ from luthier_cpu.codegen.numba_kernel import EXP_HIGHEST, EXP_LOWEST, LN2_HIGH, 
 from luthier_cpu.gemm.bf16_gemm import paired_bits
 
 
-@intrinsic
-def copy_row(_context, source, target, size, like):
+@emitted()
+def copy_row(builder, source, target, size, like):
     """Copy a row of numbers."""
+    memory = Memory(builder, is_bfloat16=is_bfloat16(like))
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        source, target, size = arguments[:3]
-        memory = Memory(builder, is_bfloat16=is_bfloat16(like))
+    def copy(lanes: int) -> Body:
+        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+            memory.store_bits(memory.load_bits(source, index, lanes), target, index)
+            return []
 
-        def copy(lanes: int) -> Body:
-            def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                memory.store_bits(memory.load_bits(source, index, lanes), target, index)
-                return []
+        return body
 
-            return body
-
-        index, _ = loop(builder, I64(0), size, LANES, [], copy(LANES))
-        loop(builder, index, size, 1, [], copy(1))
-        return ir.Constant(I64, 0)
-
-    return types.int64(types.int64, types.int64, types.int64, like), generate
+    index, _ = loop(builder, I64(0), size, LANES, [], copy(LANES))
+    loop(builder, index, size, 1, [], copy(1))
 
 
 def emit_turn(
@@ -92,14 +84,11 @@ def emit_turn(
 
 
 def _turning(*, is_inverse: bool) -> Any:
-    @intrinsic
-    def turn(_context, source, target, cosine, sine, half, scale, like):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-            emit_turn(builder, list(arguments[:6]), rows, rows, is_inverse=is_inverse)
-            return ir.Constant(I64, 0)
-
-        return types.int64(*[types.int64] * 5, types.float32, like), generate
+    @emitted(scale=types.float32)
+    def turn(builder, source, target, cosine, sine, half, scale, like):
+        places = [source, target, cosine, sine, half, scale]
+        rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+        emit_turn(builder, places, rows, rows, is_inverse=is_inverse)
 
     return turn
 
@@ -108,27 +97,21 @@ def _turning(*, is_inverse: bool) -> Any:
 turn_row, turn_row_back = _turning(is_inverse=False), _turning(is_inverse=True)
 
 
-@intrinsic
-def transpose_scaled(_context, source, factors, target, target_stride, like):
+@emitted()
+def transpose_scaled(builder, source, factors, target, stride, like):
     """Write 16 rows of 16 float32, one after the other, as 16 columns at a stride in bytes; number i of each
     row is multiplied by factor i."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        source, factors, target, stride = arguments[:4]
-        floats = Memory(builder, is_bfloat16=False)
-        held = Memory(builder, is_bfloat16=is_bfloat16(like))
-        factor = floats.load(factors, I64(0), LANES)
-        rows = [
-            builder.bitcast(builder.fmul(floats.load(source, I64(LANES * row), LANES), factor), WIDE_BITS)
-            for row in range(LANES)
-        ]
-        for row, column in enumerate(transposed(builder, rows)):
-            held.store(
-                builder.bitcast(column, VECTOR), builder.add(target, builder.mul(stride, I64(row))), I64(0)
-            )
-        return I64(0)
-
-    return types.int64(*[types.int64] * 4, like), generate
+    floats = Memory(builder, is_bfloat16=False)
+    held = Memory(builder, is_bfloat16=is_bfloat16(like))
+    factor = floats.load(factors, I64(0), LANES)
+    rows = [
+        builder.bitcast(builder.fmul(floats.load(source, I64(LANES * row), LANES), factor), WIDE_BITS)
+        for row in range(LANES)
+    ]
+    for row, column in enumerate(transposed(builder, rows)):
+        held.store(
+            builder.bitcast(column, VECTOR), builder.add(target, builder.mul(stride, I64(row))), I64(0)
+        )
 
 
 def exponential_16(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
@@ -154,89 +137,77 @@ def _larger(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
-@intrinsic
-def weigh_columns(_context, scores, num_keys, highest, totals, factors, weights):
+@emitted()
+def weigh_columns(builder, scores, num_keys, highest, totals, factors, weights):
     """Turn scores of 16 queries, float32 [keys, 16], into weights beside each query's highest so far.
 
     Weights go as bfloat16 pairs of two keys, [keys / 2, 16, 2]; keys are a multiple of 4, and one whose score
     is the lowest weighs nothing. `highest` and the sums of weights, `totals`, are updated, and `factors` get
     what all earlier sums are to be multiplied by.
     """
+    floats, machine = Memory(builder, is_bfloat16=False), Machine(builder)
+    before = floats.load(highest, I64(0), LANES)
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        scores, num_keys, highest, totals, factors, weights = arguments
-        floats, machine = Memory(builder, is_bfloat16=False), Machine(builder)
-        before = floats.load(highest, I64(0), LANES)
+    def row(index: ir.Value, number: int) -> ir.Value:
+        place = builder.mul(builder.add(index, I64(number)), I64(LANES))
+        return floats.load(scores, place, LANES)
 
-        def row(index: ir.Value, number: int) -> ir.Value:
-            place = builder.mul(builder.add(index, I64(number)), I64(LANES))
-            return floats.load(scores, place, LANES)
+    def find(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
+        return [_larger(builder, row(index, number), one) for number, one in enumerate(held)]
 
-        def find(index: ir.Value, held: list[ir.Value]) -> list[ir.Value]:
-            return [_larger(builder, row(index, number), one) for number, one in enumerate(held)]
+    _, found = loop(builder, I64(0), num_keys, 4, [before] * 4, find)
+    top = _larger(builder, _larger(builder, *found[:2]), _larger(builder, *found[2:]))
+    factor = exponential_16(builder, builder.fsub(before, top))
+    lowest, zero = constant(VECTOR, float("-inf")), constant(VECTOR, 0.0)
 
-        _, found = loop(builder, I64(0), num_keys, 4, [before] * 4, find)
-        top = _larger(builder, _larger(builder, *found[:2]), _larger(builder, *found[2:]))
-        factor = exponential_16(builder, builder.fsub(before, top))
-        lowest, zero = constant(VECTOR, float("-inf")), constant(VECTOR, 0.0)
+    def weigh(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        both = []
+        for number in range(2):
+            score = row(index, number)
+            weight = exponential_16(builder, builder.fsub(score, top))
+            # The exponential ends above 0. What is no number stays visible.
+            counts = builder.fcmp_unordered(">", score, lowest)
+            both.append(builder.select(counts, weight, zero))
+        place = builder.add(weights, builder.mul(index, I64(2 * LANES)))
+        builder.store(paired_bits(builder, *both), machine.pointer(place, WIDE_BITS), align=4)
+        return [builder.fadd(*one) for one in zip(sums, both, strict=True)]
 
-        def weigh(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-            both = []
-            for number in range(2):
-                score = row(index, number)
-                weight = exponential_16(builder, builder.fsub(score, top))
-                # The exponential ends above 0. What is no number stays visible.
-                counts = builder.fcmp_unordered(">", score, lowest)
-                both.append(builder.select(counts, weight, zero))
-            place = builder.add(weights, builder.mul(index, I64(2 * LANES)))
-            builder.store(paired_bits(builder, *both), machine.pointer(place, WIDE_BITS), align=4)
-            return [builder.fadd(*one) for one in zip(sums, both, strict=True)]
-
-        total = builder.fmul(floats.load(totals, I64(0), LANES), factor)
-        _, sums = loop(builder, I64(0), num_keys, 2, [total, zero], weigh)
-        for vector, place in ((top, highest), (builder.fadd(*sums), totals), (factor, factors)):
-            floats.store(vector, place, I64(0))
-        return I64(0)
-
-    return types.int64(*[types.int64] * 6), generate
+    total = builder.fmul(floats.load(totals, I64(0), LANES), factor)
+    _, sums = loop(builder, I64(0), num_keys, 2, [total, zero], weigh)
+    for vector, place in ((top, highest), (builder.fadd(*sums), totals), (factor, factors)):
+        floats.store(vector, place, I64(0))
 
 
-@intrinsic
-def pack_columns(_context, first, second, num_first, num_second, size, target, stride):
+@emitted()
+def pack_columns(builder, first, second, num_first, num_second, size, target, stride):
     """Write two pages of 16 rows of bfloat16 as columns of 32 at a stride in bytes.
 
     `size`, of a row, is a multiple of 16. Rows of a page after its first `num_first` (`num_second`) become
     zeros.
     """
+    machine, row_bytes = Machine(builder), builder.mul(size, I64(2))
+    pages = ((first, num_first), (second, num_second))
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, second, num_first, num_second, size, target, stride = arguments
-        machine, row_bytes = Machine(builder), builder.mul(size, I64(2))
-        pages = ((first, num_first), (second, num_second))
+    def sixteen(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        across = builder.mul(column, I64(2))
 
-        def sixteen(column: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            across = builder.mul(column, I64(2))
+        def held(start: ir.Value, count: ir.Value, row: int) -> ir.Value:
+            place = builder.add(start, builder.add(builder.mul(row_bytes, I64(row)), across))
+            halves = builder.load(machine.pointer(place, HALVES), align=2)
+            is_there = builder.icmp_signed("<", I64(row), count)
+            return builder.zext(builder.select(is_there, halves, constant(HALVES, 0)), WIDE_BITS)
 
-            def held(start: ir.Value, count: ir.Value, row: int) -> ir.Value:
-                place = builder.add(start, builder.add(builder.mul(row_bytes, I64(row)), across))
-                halves = builder.load(machine.pointer(place, HALVES), align=2)
-                is_there = builder.icmp_signed("<", I64(row), count)
-                return builder.zext(builder.select(is_there, halves, constant(HALVES, 0)), WIDE_BITS)
+        pairs = [
+            builder.or_(held(*page, row), builder.shl(held(*page, row + 1), constant(WIDE_BITS, 16)))
+            for page in pages
+            for row in range(0, LANES, 2)
+        ]
+        for number, line in enumerate(transposed(builder, pairs)):
+            place = builder.add(target, builder.mul(stride, builder.add(column, I64(number))))
+            builder.store(line, machine.pointer(place, WIDE_BITS), align=4)
+        return []
 
-            pairs = [
-                builder.or_(held(*page, row), builder.shl(held(*page, row + 1), constant(WIDE_BITS, 16)))
-                for page in pages
-                for row in range(0, LANES, 2)
-            ]
-            for number, line in enumerate(transposed(builder, pairs)):
-                place = builder.add(target, builder.mul(stride, builder.add(column, I64(number))))
-                builder.store(line, machine.pointer(place, WIDE_BITS), align=4)
-            return []
-
-        loop(builder, I64(0), size, LANES, [], sixteen)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 7), generate
+    loop(builder, I64(0), size, LANES, [], sixteen)
 
 
 class _Row:
@@ -293,54 +264,42 @@ class _Row:
         loop(builder, index, self._size, 1, [], clear(1))
 
 
-@intrinsic
-def softmax_row(_context, scores, seen, size, like):
+@emitted()
+def softmax_row(builder, scores, seen, size, like):
     """Turn the first `seen` of a row's scores into weights that add up to 1, the others into 0."""
+    row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        scores, seen, size = arguments[:3]
-        row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
+    def larger(found: list[ir.Value], highest: ir.Value) -> ir.Value:
+        return _larger(builder, found[0], highest)
 
-        def larger(found: list[ir.Value], highest: ir.Value) -> ir.Value:
-            return _larger(builder, found[0], highest)
+    lowest = constant(VECTOR, float("-inf"))
+    highest = row.fold([scores], lowest, larger)
+    for step in (8, 4, 2, 1):
+        others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
+        highest = larger([builder.shuffle_vector(highest, highest, others)], highest)
 
-        lowest = constant(VECTOR, float("-inf"))
-        highest = row.fold([scores], lowest, larger)
-        for step in (8, 4, 2, 1):
-            others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
-            highest = larger([builder.shuffle_vector(highest, highest, others)], highest)
+    def power(found: list[ir.Value]) -> ir.Value:
+        return exponential_16(builder, builder.fsub(found[0], highest))
 
-        def power(found: list[ir.Value]) -> ir.Value:
-            return exponential_16(builder, builder.fsub(found[0], highest))
-
-        zero = constant(VECTOR, 0.0)
-        total = sum_lanes(
-            builder, row.fold([scores], zero, lambda found, total: builder.fadd(total, power(found)))
-        )
-        inverse = broadcast(builder, builder.fdiv(F32(1.0), total))
-        row.write([scores], scores, lambda found: builder.fmul(power(found), inverse))
-        return ir.Constant(I64, 0)
-
-    return types.int64(types.int64, types.int64, types.int64, like), generate
+    zero = constant(VECTOR, 0.0)
+    total = sum_lanes(
+        builder, row.fold([scores], zero, lambda found, total: builder.fadd(total, power(found)))
+    )
+    inverse = broadcast(builder, builder.fdiv(F32(1.0), total))
+    row.write([scores], scores, lambda found: builder.fmul(power(found), inverse))
 
 
-@intrinsic
-def softmax_row_backward(_context, gradient, weights, seen, size, like):
+@emitted()
+def softmax_row_backward(builder, gradient, weights, seen, size, like):
     """Turn the gradient of a row's weights into that of its scores, 0 beyond the first `seen`."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        gradient, weights, seen, size = arguments[:4]
-        row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
-        zero = constant(VECTOR, 0.0)
-        found = row.fold(
-            [gradient, weights], zero, lambda pair, total: multiply_add(builder, pair[0], pair[1], total)
-        )
-        total = broadcast(builder, sum_lanes(builder, found))
-        row.write(
-            [gradient, weights],
-            gradient,
-            lambda pair: builder.fmul(builder.fsub(pair[0], total), pair[1]),
-        )
-        return ir.Constant(I64, 0)
-
-    return types.int64(*[types.int64] * 4, like), generate
+    row = _Row(builder, Memory(builder, is_bfloat16=is_bfloat16(like)), seen, size)
+    zero = constant(VECTOR, 0.0)
+    found = row.fold(
+        [gradient, weights], zero, lambda pair, total: multiply_add(builder, pair[0], pair[1], total)
+    )
+    total = broadcast(builder, sum_lanes(builder, found))
+    row.write(
+        [gradient, weights],
+        gradient,
+        lambda pair: builder.fmul(builder.fsub(pair[0], total), pair[1]),
+    )

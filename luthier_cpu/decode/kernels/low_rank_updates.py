@@ -6,18 +6,14 @@
 All addresses are int64, all strides bytes.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import BITS, SUMS, Machine, takes_pairs
-from luthier_cpu.codegen.memory_access import I64, LANES, Body, Memory, lanes_below, loop
+from luthier_cpu.codegen.memory_access import I64, LANES, Body, Memory, emitted, lanes_below, loop
 from luthier_cpu.codegen.vectors import sum_four
 from luthier_cpu.decode.blocks import BLOCK
 
@@ -29,80 +25,69 @@ _LINES = BLOCK // LANES
 _ZERO = ir.Constant(SUMS, [0.0] * LANES)
 
 
-@intrinsic
-def dot_fours(_context, first, num_rows, x, size, out, like):
+@emitted()
+def dot_fours(builder, first, num_rows, x, size, out, like):
     """Write the products of rows of bfloat16, stored one after the other, with x, as float32.
 
     Rows are a multiple of 4, their numbers one of 32. Nothing is emitted where kernels multiply no pairs.
     """
+    if not takes_pairs(like):
+        return
+    machine, floats = Machine(builder), Memory(builder, is_bfloat16=False)
+    row_bytes = builder.mul(size, I64(2))
+    four_bytes = builder.mul(row_bytes, I64(_FOUR))
 
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first, num_rows, x, size, out = arguments[:5]
-        if not takes_pairs(like):
-            return I64(0)
-        machine, floats = Machine(builder), Memory(builder, is_bfloat16=False)
-        row_bytes = builder.mul(size, I64(2))
-        four_bytes = builder.mul(row_bytes, I64(_FOUR))
+    def four_rows(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        start = builder.add(first, builder.mul(row, row_bytes))
+        starts = [
+            machine.opaque(builder.add(start, builder.mul(row_bytes, I64(number)))) for number in range(_FOUR)
+        ]
+        # The four rows after these, in the order of memory.
+        ahead = builder.add(start, four_bytes)
 
-        def four_rows(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            start = builder.add(first, builder.mul(row, row_bytes))
-            starts = [
-                machine.opaque(builder.add(start, builder.mul(row_bytes, I64(number))))
-                for number in range(_FOUR)
-            ]
-            # The four rows after these, in the order of memory.
-            ahead = builder.add(start, four_bytes)
+        def multiply(num_lines: int) -> Body:
+            def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+                across, found = builder.mul(index, I64(2)), list(sums)
+                for line in range(num_lines):
+                    place = builder.add(across, I64(64 * line))
+                    factor = builder.load(machine.pointer(builder.add(x, place), BITS), align=2)
+                    for number, own in enumerate(starts):
+                        which = _FOUR * line + number
+                        behind = builder.add(builder.mul(across, I64(_FOUR)), I64(64 * which))
+                        machine.prefetch_behind(builder.add(ahead, behind))
+                        held = builder.load(machine.pointer(builder.add(own, place), BITS), align=2)
+                        found[which] = machine.multiply_pairs(found[which], held, factor)
+                return found
 
-            def multiply(num_lines: int) -> Body:
-                def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                    across, found = builder.mul(index, I64(2)), list(sums)
-                    for line in range(num_lines):
-                        place = builder.add(across, I64(64 * line))
-                        factor = builder.load(machine.pointer(builder.add(x, place), BITS), align=2)
-                        for number, own in enumerate(starts):
-                            which = _FOUR * line + number
-                            behind = builder.add(builder.mul(across, I64(_FOUR)), I64(64 * which))
-                            machine.prefetch_behind(builder.add(ahead, behind))
-                            held = builder.load(machine.pointer(builder.add(own, place), BITS), align=2)
-                            found[which] = machine.multiply_pairs(found[which], held, factor)
-                    return found
+            return body
 
-                return body
+        index, sums = loop(builder, I64(0), size, 64, [_ZERO] * (2 * _FOUR), multiply(2))
+        _, last = loop(builder, index, size, 32, sums[:_FOUR], multiply(1))
+        whole = [builder.fadd(*both) for both in zip(last, sums[_FOUR:], strict=True)]
+        floats.store(sum_four(builder, whole), out, row)
+        return []
 
-            index, sums = loop(builder, I64(0), size, 64, [_ZERO] * (2 * _FOUR), multiply(2))
-            _, last = loop(builder, index, size, 32, sums[:_FOUR], multiply(1))
-            whole = [builder.fadd(*both) for both in zip(last, sums[_FOUR:], strict=True)]
-            floats.store(sum_four(builder, whole), out, row)
-            return []
-
-        loop(builder, I64(0), num_rows, _FOUR, [], four_rows)
-        return I64(0)
-
-    return types.int64(*[types.int64] * 5, like), generate
+    loop(builder, I64(0), num_rows, _FOUR, [], four_rows)
 
 
 def _additions(doc: str, *, is_alone: bool) -> Any:
-    @intrinsic
+    @emitted()
     def add(
-        _context, blocks, num_ranks, x, x_stride, num_rows, out, out_stride, num_columns, factors, bias, like
+        builder, blocks, num_ranks, x, x_stride, num_rows, out, out_stride, num_columns, factors, bias, like
     ):
-        def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-            *places, factors, bias = arguments[:10]
-            if not takes_pairs(like):
-                return I64(0)
-            sizes = (1,) if is_alone else (_FOUR, 1)
-            zero = I64(0)
-            with builder.if_else(builder.icmp_signed("!=", factors, zero)) as (are_scaled, others):
-                with are_scaled:
-                    _emit_additions(builder, places, sizes, factors=factors, bias=None)
-                with others, builder.if_else(builder.icmp_signed("!=", bias, zero)) as (are_moved, plain):
-                    with are_moved:
-                        _emit_additions(builder, places, sizes, factors=None, bias=bias)
-                    with plain:
-                        _emit_additions(builder, places, sizes, factors=None, bias=None)
-            return I64(0)
-
-        return types.int64(*[types.int64] * 10, like), generate
+        if not takes_pairs(like):
+            return
+        places = [blocks, num_ranks, x, x_stride, num_rows, out, out_stride, num_columns]
+        sizes = (1,) if is_alone else (_FOUR, 1)
+        zero = I64(0)
+        with builder.if_else(builder.icmp_signed("!=", factors, zero)) as (are_scaled, others):
+            with are_scaled:
+                _emit_additions(builder, places, sizes, factors=factors, bias=None)
+            with others, builder.if_else(builder.icmp_signed("!=", bias, zero)) as (are_moved, plain):
+                with are_moved:
+                    _emit_additions(builder, places, sizes, factors=None, bias=bias)
+                with plain:
+                    _emit_additions(builder, places, sizes, factors=None, bias=None)
 
     add.__doc__ = doc
     return add

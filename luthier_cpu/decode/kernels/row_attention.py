@@ -5,8 +5,6 @@ processor has these (AVX-512 BF16) and a head's size fills whole lines, else flo
 int64.
 """
 
-# What an intrinsic takes is in its arguments, which only the generated code reads.
-# ruff: noqa: ARG001
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from collections.abc import Callable
@@ -14,7 +12,6 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from luthier_cpu.codegen.instructions import BITS, SUMS, Machine, takes_pairs
 from luthier_cpu.codegen.memory_access import (
@@ -25,6 +22,7 @@ from luthier_cpu.codegen.memory_access import (
     Body,
     Memory,
     broadcast,
+    emitted,
     for_count,
     is_bfloat16,
     loop,
@@ -64,46 +62,35 @@ def _emit_either(
             emit(widened)
 
 
-@intrinsic
-def turn_query(_context, by_pairs, source, target, cosine, sine, half, scale, like):
+@emitted(by_pairs=types.boolean, scale=types.float32)
+def turn_query(builder, by_pairs, source, target, cosine, sine, half, scale, like):
     """Write a query turned by its position, times a scale: as it is held if taken by pairs, else float32."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        by_pairs, *places = arguments[:7]
-        rows, floats = (Memory(builder, is_bfloat16=own) for own in (is_bfloat16(like), False))
-        with builder.if_else(by_pairs) as (are_paired, others):
-            with are_paired:
-                emit_turn(builder, places, rows, rows)
-            with others:
-                emit_turn(builder, places, rows, floats)
-        return I64(0)
-
-    return types.int64(types.boolean, *[types.int64] * 5, types.float32, like), generate
+    places = [source, target, cosine, sine, half, scale]
+    rows, floats = (Memory(builder, is_bfloat16=own) for own in (is_bfloat16(like), False))
+    with builder.if_else(by_pairs) as (are_paired, others):
+        with are_paired:
+            emit_turn(builder, places, rows, rows)
+        with others:
+            emit_turn(builder, places, rows, floats)
 
 
-@intrinsic
-def score_keys(_context, by_pairs, num_queries, keys, size, queries, out, stride, like):
+@emitted(by_pairs=types.boolean)
+def score_keys(builder, by_pairs, num_queries, keys, size, queries, out, stride, like):
     """Write the products of four keys with up to `MAX_QUERIES` queries, float32 [queries, 4].
 
     Queries are bfloat16 by pairs, else float32; `stride` counts float32 numbers from one's products to the
     next one's.
     """
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        by_pairs, num_queries, keys, size, queries, out, stride = arguments[:7]
-        rows, floats = (Memory(builder, is_bfloat16=own) for own in (is_bfloat16(like), False))
-        places = (keys, size, queries, size, size, out, stride)
-        _emit_either(
-            builder,
-            like,
-            by_pairs,
-            num_queries,
-            paired=lambda number: _emit_scores(builder, number, keys, size, queries, out, stride),
-            widened=lambda number: emit_dots(builder, places, number, rows, floats),
-        )
-        return I64(0)
-
-    return types.int64(types.boolean, *[types.int64] * 6, like), generate
+    rows, floats = (Memory(builder, is_bfloat16=own) for own in (is_bfloat16(like), False))
+    places = (keys, size, queries, size, size, out, stride)
+    _emit_either(
+        builder,
+        like,
+        by_pairs,
+        num_queries,
+        paired=lambda number: _emit_scores(builder, number, keys, size, queries, out, stride),
+        widened=lambda number: emit_dots(builder, places, number, rows, floats),
+    )
 
 
 def _emit_scores(
@@ -138,29 +125,23 @@ def _emit_scores(
         floats.store(sum_four(builder, own), out, builder.mul(stride, I64(query)))
 
 
-@intrinsic
-def add_values(_context, by_pairs, num_queries, values, size, weights, stride, num_values, totals, like):
+@emitted(by_pairs=types.boolean)
+def add_values(builder, by_pairs, num_queries, values, size, weights, stride, num_values, totals, like):
     """Add values, times the weights of up to `MAX_QUERIES` queries, to totals, float32 [queries, size].
 
     Weights are bfloat16 by pairs, else float32; `stride` counts float32 numbers from one query's to the next
     one's.
     """
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        by_pairs, num_queries, values, size, weights, stride, num_values, totals = arguments[:8]
-        rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-        places = (values, size, weights, stride, num_values, totals, size, size)
-        _emit_either(
-            builder,
-            like,
-            by_pairs,
-            num_queries,
-            paired=lambda number: _emit_sums(builder, number, places[:6]),
-            widened=lambda number: emit_additions(builder, places, number, rows),
-        )
-        return I64(0)
-
-    return types.int64(types.boolean, *[types.int64] * 7, like), generate
+    rows = Memory(builder, is_bfloat16=is_bfloat16(like))
+    places = (values, size, weights, stride, num_values, totals, size, size)
+    _emit_either(
+        builder,
+        like,
+        by_pairs,
+        num_queries,
+        paired=lambda number: _emit_sums(builder, number, places[:6]),
+        widened=lambda number: emit_additions(builder, places, number, rows),
+    )
 
 
 def _emit_sums(builder: ir.IRBuilder, num_queries: int, places: tuple[ir.Value, ...]) -> None:
