@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 
 _TYPES = {torch.float32, torch.bfloat16}
 _FLOAT32, _INT32 = struct.Struct("=f"), struct.Struct("=i")
+# Those of this file.
+TRAINING = (
+    "rms_norm",
+    "rms_norm_backward",
+    "gated_silu",
+    "gated_silu_backward",
+    "split_heads",
+    "split_heads_backward",
+    "causal_softmax",
+    "causal_softmax_backward",
+    "softmax_loss",
+)
 # Kernels of a decode step (decode/ops.py).
 SERVING = ("add_rms_norm", "attend_pages", "add_low_rank", "add_bottleneck", "gated_silu")
 # Those that choose tokens (decode/sampling.py).

@@ -99,44 +99,19 @@ def emit_dots(
 
 @emitted()
 def dot_rows(builder, first, num_rows, x, size, out, like):
-    """Write the products of rows, stored one after the other, with x, float32; all are read in order."""
-    rows = Memory(builder, is_bfloat16=is_bfloat16(like))
-    memory = Memory(builder, is_bfloat16=False)
+    """Write the products of rows, a multiple of 4 and stored one after the other, with x, float32."""
+    rows, floats = (Memory(builder, is_bfloat16=own) for own in (is_bfloat16(like), False))
+    row_bytes = builder.mul(size, I64(2 if is_bfloat16(like) else 4))
 
-    def row_body(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-        start = builder.mul(row, size)
-
-        def multiply(lanes: int, num_sums: int) -> Body:
-            def body(index: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
-                places = [builder.add(index, I64(lanes * number)) for number in range(num_sums)]
-                if num_sums > 1:
-                    ahead = builder.add(builder.add(start, index), I64(_AHEAD))
-                    for line in range(0, num_sums, 2):
-                        rows.prefetch(first, builder.add(ahead, I64(line * LANES)))
-                return [
-                    multiply_add(
-                        builder,
-                        rows.load(first, builder.add(start, place), lanes),
-                        memory.load(x, place, lanes),
-                        total,
-                    )
-                    for place, total in zip(places, sums, strict=True)
-                ]
-
-            return body
-
-        zeros = [ir.Constant(VECTOR, [0.0] * LANES)] * _NUM_SUMS
-        width = _NUM_SUMS * LANES
-        index, sums = loop(builder, I64(0), size, width, zeros, multiply(LANES, _NUM_SUMS))
-        index, first_sum = loop(builder, index, size, LANES, sums[:1], multiply(LANES, 1))
-        _, rest = loop(builder, index, size, 1, [F32(0.0)], multiply(1, 1))
-        total = sum_four(builder, [*first_sum, *sums[1:]])
-        for lane in range(_NUM_SUMS):
-            rest = [builder.fadd(rest[0], builder.extract_element(total, I32(lane)))]
-        memory.store(rest[0], out, row)
+    def four(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        start, target = (
+            builder.add(first, builder.mul(row, row_bytes)),
+            builder.add(out, builder.mul(row, I64(4))),
+        )
+        emit_dots(builder, (start, size, x, I64(0), size, target, I64(0)), 1, rows, floats)
         return []
 
-    loop(builder, I64(0), num_rows, 1, [], row_body)
+    loop(builder, I64(0), num_rows, _NUM_SUMS, [], four)
 
 
 def emit_additions(

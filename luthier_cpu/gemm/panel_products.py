@@ -325,16 +325,19 @@ def _largest_gap(num_rows: int) -> float:
     assert gradient_NU is not None
     found = [made.product(x_ND, u_NU, y_NO), made.input_gradient(y_NO, gradient_NU)]
     found += made.update_gradients(y_NO, x_ND, u_NU, gradient_NU)
-    updated = [
-        weight_OD[start : start + part.num_outputs].float() + part.scale * part.b_OR @ part.a_RD
-        for start, part in zip((0, sizes[0]), parts, strict=True)
-        if part.a_RD is not None and part.b_OR is not None
-    ]
-    x, y, whole = x_ND.float(), y_NO.float(), torch.cat(updated)
-    expected = [x @ whole.t() + y, y @ whole]
+    # Gradients by hand: autograd's first backward pass starts threads, and this runs in a process that forks.
+    x, y = x_ND.float(), y_NO.float()
+    updates, gradients = [], []
     for part, own in zip(parts, y.split(sizes, dim=1), strict=True):
         assert part.a_RD is not None
         assert part.b_OR is not None
-        expected += [part.scale * (own @ part.b_OR).t() @ x, part.scale * own.t() @ (x @ part.a_RD.t())]
+        updates.append(part.scale * part.b_OR @ part.a_RD)
+        gradients += [part.scale * (own @ part.b_OR).t() @ x, part.scale * own.t() @ (x @ part.a_RD.t())]
+    whole = weight_OD.float() + torch.cat(updates)
+    return largest_difference(found, [x @ whole.t() + y, y @ whole, *gradients])
+
+
+def largest_difference(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
+    """Return by how much results are off, as a share of the largest number."""
     gaps = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     return float(torch.stack(gaps).max())

@@ -139,7 +139,8 @@ def _attend_segment(
         attended = torch.empty_like(query)
         for block in _blocks(num_tokens):
             weights = _weights(query, key, num_tokens, block, start)
-            _put(attended, torch.bmm(weights, value[:, : start + block.stop]), num_tokens, block)
+            own = _of_block(attended, num_tokens, block)
+            own.copy_(torch.bmm(weights, value[:, : start + block.stop]).view(own.shape))
             if num_tokens <= _MAX_KEPT_TOKENS:
                 kept.append(weights)
     _rows_by_head(out_NK[segment.tokens], heads, num_tokens).copy_(_by_head(attended, heads, num_tokens))
@@ -222,15 +223,16 @@ def _by_blocks(
     for block in _blocks(num_tokens):
         end = start + block.stop
         weights = kept[0] if kept else _weights(query, key, num_tokens, block, start)
-        gradient = _take(gradient_PQC, num_tokens, block)
-        _add(to_value, torch.bmm(weights.transpose(1, 2), gradient), end)
+        gradient = _of_block(gradient_PQC, num_tokens, block).flatten(1, 2)
+        to_value[:, :end] += torch.bmm(weights.transpose(1, 2), gradient)
         to_scores = torch.bmm(gradient, value[:, :end].transpose(1, 2))
         to_scores = kernels.causal_softmax_backward_(
             to_scores, weights, block.stop - block.start, start + block.start
         )
-        _put(to_query, torch.bmm(to_scores, key[:, :end]), num_tokens, block)
-        queries = _take(query, num_tokens, block)
-        _add(to_key, torch.bmm(to_scores.transpose(1, 2), queries), end)
+        own = _of_block(to_query, num_tokens, block)
+        own.copy_(torch.bmm(to_scores, key[:, :end]).view(own.shape))
+        queries = _of_block(query, num_tokens, block).flatten(1, 2)
+        to_key[:, :end] += torch.bmm(to_scores.transpose(1, 2), queries)
     return to_query, to_key, to_value
 
 
@@ -244,24 +246,11 @@ def _weights(
     query: torch.Tensor, key: torch.Tensor, num_tokens: int, block: slice, start: int
 ) -> torch.Tensor:
     """Return the attention weights of a block's queries over the keys that its last one sees."""
-    scores = torch.bmm(_take(query, num_tokens, block), key[:, : start + block.stop].transpose(1, 2))
+    queries = _of_block(query, num_tokens, block).flatten(1, 2)
+    scores = torch.bmm(queries, key[:, : start + block.stop].transpose(1, 2))
     return kernels.causal_softmax_(scores, block.stop - block.start, start + block.start)
 
 
-def _take(whole_PQC: torch.Tensor, num_tokens: int, block: slice) -> torch.Tensor:
-    """Return the queries of a block's tokens in all groups."""
-    if block.start == 0 and block.stop == num_tokens:
-        return whole_PQC
-    num_pairs, _, size = whole_PQC.shape
-    return whole_PQC.view(num_pairs, -1, num_tokens, size)[:, :, block].reshape(num_pairs, -1, size)
-
-
-def _put(whole_PQC: torch.Tensor, part: torch.Tensor, num_tokens: int, block: slice) -> None:
-    """Write what belongs to the queries of a block's tokens."""
-    num_pairs, _, size = whole_PQC.shape
-    by_token = whole_PQC.view(num_pairs, -1, num_tokens, size)
-    by_token[:, :, block] = part.view(num_pairs, -1, block.stop - block.start, size)
-
-
-def _add(whole_PSC: torch.Tensor, part: torch.Tensor, end: int) -> None:
-    whole_PSC[:, :end] += part
+def _of_block(whole_PQC: torch.Tensor, num_tokens: int, block: slice) -> torch.Tensor:
+    """Return a view [P, groups, tokens, C] of the queries of a block's tokens."""
+    return whole_PQC.unflatten(1, (-1, num_tokens))[:, :, block]

@@ -11,7 +11,7 @@ import torch
 
 from luthier_cpu.codegen import kernels
 from luthier_cpu.codegen.openmp import launch
-from luthier_cpu.gemm.panel_products import come_out_right, has_panels, scratch
+from luthier_cpu.gemm.panel_products import come_out_right, has_panels, largest_difference, scratch
 
 # Columns of a panel, the bytes of its line of pairs, and of a line of zeros before a thread's panels.
 COLUMNS, LINE_BYTES, HEAD_BYTES = 64, 256, 256
@@ -112,8 +112,7 @@ def _largest_gap(num_pairs: int, groups: int, num_tokens: int, start: int, size:
     attended, weights_PQW = attend(query, key, value, num_tokens, start)
     found = [attended, *attend_backward(gradient, query, key, value, weights_PQW, num_tokens, start)]
     q, k, v, g = (one.float() for one in (query, key, value, gradient))
-    seen_Q1 = torch.arange(num_queries)[:, None] % num_tokens + start
-    is_hidden_QS = torch.arange(num_keys) > seen_Q1
+    is_hidden_QS = torch.arange(num_keys) > torch.arange(num_queries)[:, None] % num_tokens + start
     weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)).masked_fill(is_hidden_QS, float("-inf")), dim=-1)
     to_weights = torch.bmm(g, v.transpose(1, 2))
     to_scores = weights * (to_weights - (to_weights * weights).sum(dim=-1, keepdim=True))
@@ -123,8 +122,7 @@ def _largest_gap(num_pairs: int, groups: int, num_tokens: int, start: int, size:
         torch.bmm(to_scores.transpose(1, 2), q),
         torch.bmm(weights.transpose(1, 2), g),
     ]
-    gaps = [(a.float() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
-    return float(torch.stack(gaps).max())
+    return largest_difference(found, expected)
 
 
 def _check(like: torch.Tensor, *others: torch.Tensor) -> None:
