@@ -18,10 +18,8 @@ _NOT_TRAINING = (
     "luthier_cpu/decode/decode_graph.py",
     "luthier_cpu/decode/linear.py",
     "luthier_cpu/decode/llama.py",
-    "luthier_cpu/decode/logits.py",
     "luthier_cpu/decode/ops.py",
     "luthier_cpu/decode/runner.py",
-    "luthier_cpu/decode/weight_memory.py",
     "benchmarks/peers/*serv*",
 )
 # What a job takes from its upload to the first token of its model hangs on all of it.

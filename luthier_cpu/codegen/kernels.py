@@ -52,7 +52,6 @@ _MODULES = (
     "gemm.panel_updates",
     "gemm.product_kernels",
     "training.elementwise_kernels",
-    "training.head_kernels",
     "training.pair_attention_kernels",
 )
 

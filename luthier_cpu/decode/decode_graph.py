@@ -25,8 +25,7 @@ from luthier_cpu.decode.batch_layout import (
     SingleRows,
     TokenRows,
 )
-from luthier_cpu.decode.logits import Logits
-from luthier_cpu.decode.sampling import find_best
+from luthier_cpu.decode.sampling import Logits, find_best
 
 if TYPE_CHECKING:
     from luthier_cpu.decode.llama import PackedLlama

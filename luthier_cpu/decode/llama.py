@@ -11,10 +11,12 @@ and v, K attended columns, F feed-forward size, H key heads, C head size, V voca
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from luthier_cpu.codegen.page_memory import take_large
 from luthier_cpu.decode.batch import Buffers, Chunk, StepInputs
 from luthier_cpu.decode.batch_layout import (
     ATTENTION_IN,
@@ -29,9 +31,10 @@ from luthier_cpu.decode.batch_layout import (
     token_rows,
 )
 from luthier_cpu.decode.decode_graph import DecodePrograms
-from luthier_cpu.decode.logits import Logits
+from luthier_cpu.decode.linear import PackedLinear
 from luthier_cpu.decode.ops import CompiledOps
-from luthier_cpu.decode.weight_memory import Block, WeightMemory, linears_of, pack_block
+from luthier_cpu.decode.sampling import Logits
+from luthier_cpu.gemm.products import can_tile, tiled_bytes
 from luthier_cpu.training.llama import is_known_base
 
 if TYPE_CHECKING:
@@ -49,6 +52,67 @@ def can_pack_llama(causal_lm: "PreTrainedModel") -> bool:
     return is_known_base(causal_lm, "default")
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """A block of a base: products over layers that share an input, and the norms before them."""
+
+    attention_norm_D: torch.Tensor
+    attention_in: PackedLinear
+    attention_out: PackedLinear
+    feed_forward_norm_D: torch.Tensor
+    feed_forward_in: PackedLinear
+    feed_forward_out: PackedLinear
+
+    @property
+    def products(self) -> tuple[PackedLinear, ...]:
+        """All its products with weights."""
+        return self.attention_in, self.attention_out, self.feed_forward_in, self.feed_forward_out
+
+
+class WeightMemory:
+    """Memory for the weights in tiles, in the order in which a step reads them.
+
+    Args:
+        weights: all that will be packed.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]) -> None:
+        num_bytes = sum(tiled_bytes(one) for one in weights if can_tile(one))
+        self._room = take_large(num_bytes) if num_bytes else None
+
+    def pack(self, *weights: torch.Tensor) -> PackedLinear:
+        """Return layers that share an input as one."""
+        weight_OK = weights[0] if len(weights) == 1 else torch.cat(weights)
+        if self._room is None or not can_tile(weight_OK):
+            return PackedLinear(weight_OK)
+        own, self._room = self._room.tensor_split([tiled_bytes(weight_OK)])
+        return PackedLinear(weight_OK, own)
+
+
+def _linears_of(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the seven weights of a Llama's block, in the order in which a step reads them."""
+    attention, feed_forward = layer.self_attn, layer.mlp
+    inward, outward = (attention.q_proj, attention.k_proj, attention.v_proj), (attention.o_proj,)
+    linears = (*inward, *outward, feed_forward.gate_proj, feed_forward.up_proj, feed_forward.down_proj)
+    return [one.weight.detach() for one in linears]
+
+
+def _pack_block(layer: torch.nn.Module, memory: WeightMemory) -> _Block:
+    """Return a Llama's block with its weights copied into memory; the layer's own are given back."""
+    query, key, value, out, gate, up, down = _linears_of(layer)
+    block = _Block(
+        attention_norm_D=layer.input_layernorm.weight.detach(),
+        attention_in=memory.pack(query, key, value),
+        attention_out=memory.pack(out),
+        feed_forward_norm_D=layer.post_attention_layernorm.weight.detach(),
+        feed_forward_in=memory.pack(gate, up),
+        feed_forward_out=memory.pack(down),
+    )
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    return block
+
+
 class PackedLlama:
     """The base. Only one thread may call `step` at a time.
 
@@ -64,8 +128,8 @@ class PackedLlama:
         self.num_layers = config.num_hidden_layers
         self._norm_D = body.norm.weight.detach()
         head_VD = causal_lm.get_output_embeddings().weight.detach()
-        memory = WeightMemory([*(one for layer in body.layers for one in linears_of(layer)), head_VD])
-        self._blocks = [pack_block(layer, memory) for layer in body.layers]
+        memory = WeightMemory([*(one for layer in body.layers for one in _linears_of(layer)), head_VD])
+        self._blocks = [_pack_block(layer, memory) for layer in body.layers]
         self._head = memory.pack(head_VD)
         size = body.layers[0].self_attn.head_dim
         positions_1T = torch.arange(config.max_position_embeddings)[None]
@@ -210,7 +274,7 @@ class PackedLlama:
         self.ops.add_norm(stream_RD, change_RD, self._norm_D, normed_RD)
         return self._head(normed_RD, out_RV)
 
-    def _attend(self, layer: int, block: Block, buffers: Buffers, inputs: StepInputs) -> None:
+    def _attend(self, layer: int, block: _Block, buffers: Buffers, inputs: StepInputs) -> None:
         normed_ND, attended_NK = buffers.normed_ND, buffers.attended_NK
         qkv_NE = block.attention_in(normed_ND, buffers.qkv_NE, inputs.following(layer, ATTENTION_IN))
         self._add_low_ranks(qkv_NE, normed_ND, inputs, layer, ATTENTION_IN)
@@ -218,7 +282,7 @@ class PackedLlama:
         if inputs.chunks is not None:
             self.ops.attend_chunks(qkv_NE, inputs.tokens, inputs.chunks, self.pages, layer, attended_NK)
 
-    def _finish_block(self, layer: int, block: Block, buffers: Buffers, inputs: StepInputs) -> torch.Tensor:
+    def _finish_block(self, layer: int, block: _Block, buffers: Buffers, inputs: StepInputs) -> torch.Tensor:
         """Run a block from what its tokens attend to on."""
         normed_ND, attended_NK, hidden_NF = buffers.normed_ND, buffers.attended_NK, buffers.hidden_NF
         out_ND = block.attention_out(attended_NK, buffers.change_ND, inputs.following(layer, ATTENTION_OUT))

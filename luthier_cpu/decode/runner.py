@@ -26,7 +26,7 @@ from luthier_cpu.decode.adapter import PackedAdapter, can_pack_adapter, pack_ada
 from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.decode.batch_layout import PAGE_SIZE
 from luthier_cpu.decode.llama import PackedLlama, can_pack_llama
-from luthier_cpu.decode.logits import Logits
+from luthier_cpu.decode.sampling import Logits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,8 +14,7 @@ from luthier_cpu.decode.adapter import can_pack_adapter, pack_adapter
 from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.decode.batch_layout import PAGE_SIZE
 from luthier_cpu.decode.linear import PackedLinear
-from luthier_cpu.decode.llama import PackedLlama, can_pack_llama
-from luthier_cpu.decode.weight_memory import WeightMemory
+from luthier_cpu.decode.llama import PackedLlama, WeightMemory, can_pack_llama
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import all_tunings, build_method_artifact, load_plain, tuning_name

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from luthier_cpu.decode.logits import Logits
-from luthier_cpu.decode.sampling import BLOCK, UNSOUND, draw, find_best
+from luthier_cpu.decode.sampling import BLOCK, UNSOUND, Logits, draw, find_best
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

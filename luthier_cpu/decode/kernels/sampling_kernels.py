@@ -97,7 +97,7 @@ def _place_of_largest(builder, first, size, like):
 
 @Kernel
 def find_best(data):
-    """Write where each row's largest number is, the first of equal ones, or `choosing.UNSOUND`."""
+    """Write where each row's largest number is, the first of equal ones, or `sampling.UNSOUND`."""
     table = open_table(data)
     num_rows, size, logits_at = table[2], table[3], table[4]
     best_R = carray(at_int64(table[5]), num_rows)

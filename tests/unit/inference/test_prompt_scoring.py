@@ -23,7 +23,7 @@ from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runners.reference import ReferenceRunner
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource
-from luthier_cpu.decode.logits import Logits
+from luthier_cpu.decode.sampling import Logits
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import (

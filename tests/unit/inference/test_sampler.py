@@ -11,8 +11,8 @@ from luthier.core.errors import SelfCheckError
 from luthier.inference.engine import sampler
 from luthier.inference.engine.sampler import MIN_LOGPROB
 from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
-from luthier_cpu.decode import logits as logits_module
-from luthier_cpu.decode.logits import Logits
+from luthier_cpu.decode import sampling as logits_module
+from luthier_cpu.decode.sampling import Logits
 
 
 class _NoText:

@@ -26,7 +26,7 @@ from luthier.inference.verification.checks import verify_adapter
 from luthier.methods import discover, method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, RunnerLimits
 from luthier_cpu.decode.batch import Chunk
-from luthier_cpu.decode.logits import Logits
+from luthier_cpu.decode.sampling import Logits
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import (
     all_tunings,
