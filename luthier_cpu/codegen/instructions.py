@@ -64,15 +64,12 @@ class Machine:
     def __init__(self, builder: ir.IRBuilder) -> None:
         self._builder = builder
 
-    def _call(self, name: str, kind: ir.Type, *arguments: ir.Value) -> ir.Value:
-        return call(self._builder, name, kind, list(arguments))
-
     def pointer(self, address: ir.Value, held: ir.Type = I8) -> ir.Value:
         return self._builder.inttoptr(address, held.as_pointer())
 
     def multiply_pairs(self, sums: ir.Value, weights: ir.Value, pair: ir.Value) -> ir.Value:
         weights, pair = (self._builder.bitcast(one, _PAIRS) for one in (weights, pair))
-        return self._call("llvm.x86.avx512bf16.dpbf16ps.512", SUMS, sums, weights, pair)
+        return call(self._builder, "llvm.x86.avx512bf16.dpbf16ps.512", SUMS, [sums, weights, pair])
 
     def multiply_line(
         self, sums: list[ir.Value], rows: list[ir.Value], offset: int, weights: list[ir.Value]

@@ -238,12 +238,19 @@ def for_count(builder: ir.IRBuilder, count: ir.Value, most: int, emit: Callable[
     builder.position_at_end(after)
 
 
-def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
-    """Return the sum of a vector's 16 numbers, halves added to halves."""
+def reduced(
+    builder: ir.IRBuilder, vector: ir.Value, combine: Callable[[ir.Value, ir.Value], ir.Value]
+) -> ir.Value:
+    """Return a vector with all 16 numbers combined in each of its lanes, halves with halves."""
     for step in (8, 4, 2, 1):
         others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
-        vector = builder.fadd(vector, builder.shuffle_vector(vector, vector, others))
-    return builder.extract_element(vector, I32(0))
+        vector = combine(builder.shuffle_vector(vector, vector, others), vector)
+    return vector
+
+
+def sum_lanes(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """Return the sum of a vector's 16 numbers."""
+    return builder.extract_element(reduced(builder, vector, builder.fadd), I32(0))
 
 
 def broadcast(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:

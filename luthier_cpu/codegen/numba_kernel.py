@@ -41,7 +41,7 @@ inlined = njit(inline="always", fastmath=_FAST, error_model="numpy")
 
 
 # numba widens integer arithmetic to 64 bits, which halves what a vector holds: the bit work is written in 32.
-_I64, _I32, _I16, _F32 = ir.IntType(64), ir.IntType(32), ir.IntType(16), ir.FloatType()
+_I64, _I32, _F32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
 
 
 def _keep_code() -> None:
@@ -130,8 +130,8 @@ def _pointer_to(held: Any) -> Any:
     return pointer
 
 
-at_float32, at_float64, at_int64, at_int32, at_uint8 = (
-    _pointer_to(held) for held in (types.float32, types.float64, types.int64, types.int32, types.uint8)
+at_float32, at_float64, at_int64, at_uint8 = (
+    _pointer_to(held) for held in (types.float32, types.float64, types.int64, types.uint8)
 )
 
 

@@ -1,8 +1,9 @@
 """Memory in large pages, and giving memory back while its tensor stays."""
 
 import ctypes
+import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -36,7 +37,7 @@ def take_large(num_bytes: int) -> torch.Tensor:
 
 
 def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
-    """Let the system have the memory of some pages; their numbers are lost. On a GPU nothing happens.
+    """Let the system have the memory of some pages; their numbers are lost.
 
     Args:
         whole_LPX: layers, pages, and any further sizes; contiguous.
@@ -44,8 +45,6 @@ def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
     Raises:
         OSError: when the system refuses; what was asked for is not free then.
     """
-    if whole_LPX.device.type != "cpu" or not whole_LPX.is_contiguous():
-        return
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     page_bytes = whole_LPX[0, 0].nbytes
     for layer_PX in whole_LPX:
@@ -59,12 +58,8 @@ def discard(whole_LPX: torch.Tensor, pages: Sequence[int]) -> None:
                 raise OSError(ctypes.get_errno(), "memory of pages could not be given back")
 
 
-def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Return beginning and end of each run of ascending numbers."""
-    runs: list[tuple[int, int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number:
-            runs[-1] = (runs[-1][0], number + 1)
-        else:
-            runs.append((number, number + 1))
-    return runs
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield beginning and end of each run of ascending numbers."""
+    for _, run in itertools.groupby(enumerate(numbers), lambda item: item[1] - item[0]):
+        (_, first), *others = run
+        yield first, first + 1 + len(others)

@@ -28,6 +28,7 @@ from luthier_cpu.codegen.memory_access import (
     loop,
     multiply_add,
     prefetch,
+    reduced,
 )
 
 # Sums that are kept at a time: as many as hide the time that one multiplication takes.
@@ -180,10 +181,7 @@ def highest_of(builder, numbers, count):
     mask = lanes_below(builder, builder.sub(count, index))
     rest = builder.select(mask, floats.load_some(numbers, index, mask), lowest)
     highest = higher(rest, found[0])
-    for shift in (8, 4, 2, 1):
-        others = ir.Constant(ir.VectorType(I32, LANES), [lane ^ shift for lane in range(LANES)])
-        highest = higher(highest, builder.shuffle_vector(highest, highest, others))
-    return builder.extract_element(highest, I32(0))
+    return builder.extract_element(reduced(builder, highest, higher), I32(0))
 
 
 def _prefetching(*, is_nearest: bool) -> Any:

@@ -84,7 +84,7 @@ class PackedAdapter:
             return
         positions = torch.arange(first, self.num_virtual_tokens)
         page_N = torch.tensor(owned)[positions // PAGE_SIZE]
-        pages.write_all(page_N, positions % PAGE_SIZE, self.keys_NLHC[first:], self.values_NLHC[first:])
+        pages.write(page_N, positions % PAGE_SIZE, self.keys_NLHC[first:], self.values_NLHC[first:])
 
 
 def can_pack_adapter(parts: ServedParts, base: PackedLlama) -> bool:

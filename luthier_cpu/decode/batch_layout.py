@@ -194,20 +194,15 @@ class Pages:
         for whole in (self.keys, self.values):
             discard(whole, pages)
 
-    def write(
-        self, layer: int, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
-    ) -> None:
-        """Put tokens' keys and values, each [tokens, H, C], at their pages and places in them."""
-        self.keys[layer][pages, :, slots] = keys
-        self.values[layer][pages, :, slots] = values
-
     def gather(self, layer: int, pages: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the keys and values of the first tokens of a row, each [H, tokens, C]."""
-        return self._row(self.keys[layer], pages, num_tokens), self._row(
-            self.values[layer], pages, num_tokens
+        keys, values = (
+            whole[layer, pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens]
+            for whole in (self.keys, self.values)
         )
+        return keys, values
 
-    def write_all(
+    def write(
         self, pages: torch.Tensor, slots: torch.Tensor, keys_TLHC: torch.Tensor, values_TLHC: torch.Tensor
     ) -> None:
         """Put tokens' keys and values of all layers at their pages and places in them."""
@@ -221,11 +216,6 @@ class Pages:
         found = (whole[:, own].permute(1, 3, 0, 2, 4).flatten(0, 1) for whole in (self.keys, self.values))
         keys, values = (part[:num_tokens].clone() for part in found)
         return keys, values
-
-    @staticmethod
-    def _row(whole: torch.Tensor, pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        num_heads, size = whole.shape[1], whole.shape[3]
-        return whole[pages].transpose(0, 1).reshape(num_heads, -1, size)[:, :num_tokens]
 
 
 @dataclass(frozen=True, eq=False)

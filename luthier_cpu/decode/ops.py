@@ -25,7 +25,6 @@ from luthier_cpu.decode.batch_layout import (
     TokenRows,
     turn,
 )
-from luthier_cpu.decode.sampling import prepare_choices
 from luthier_cpu.gemm.products import has_tiles
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS
 
@@ -60,19 +59,19 @@ class CompiledOps:
         self._scratch_width = -(-needed // 16) * 16 + 16
         self._scratch = torch.empty(0, dtype=torch.float32)
         in_tiles_too = like.dtype == torch.bfloat16 and has_tiles()
-        self._prefill_lora = self._prefill_attention = None
-        if in_tiles_too:
-            address = kernels.compiled_address("prefill_lora", like.dtype)
-            self._prefill_lora = Launcher(address)
-        if in_tiles_too and shape.size % TILE_INPUTS == 0:
-            address = kernels.compiled_address("prefill_attention", like.dtype)
-            self._prefill_attention = Launcher(address)
+
+        def launcher(name: str) -> Launcher:
+            return Launcher(kernels.compiled_address(name, like.dtype))
+
+        self._prefill_lora = launcher("prefill_lora") if in_tiles_too else None
+        has_attention = in_tiles_too and shape.size % TILE_INPUTS == 0
+        self._prefill_attention = launcher("prefill_attention") if has_attention else None
         self.max_alone = 512 if self._prefill_attention is None else 1
-        addresses = [kernels.compiled_address(name, like.dtype) for name in kernels.SERVING]
-        launchers = [Launcher(one) for one in addresses]
-        # Not at the first step, whose thread answers everybody.
-        prepare_choices(like.dtype)
+        launchers = map(launcher, kernels.SERVING)
         self._norm, self._attend, self._low_rank, self._bottleneck, self._gate = launchers
+        # Not compiled at the first step, whose thread serves every sequence.
+        for name in kernels.CHOOSING:
+            kernels.compiled_address(name, like.dtype)
         self._epsilon = kernels.float_bits(shape.epsilon)
         self._scale = kernels.float_bits(shape.size**-0.5)
 

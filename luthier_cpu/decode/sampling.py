@@ -40,12 +40,6 @@ def find_best(logits_RV: torch.Tensor, out_R: torch.Tensor) -> torch.Tensor:
     return out_R
 
 
-def prepare_choices(dtype: torch.dtype) -> None:
-    """Have the kernels for logits of a type on the CPU, compiled now where the disk has none."""
-    for name in kernels.CHOOSING:
-        kernels.compiled_address(name, dtype)
-
-
 def draw(
     logits_RV: torch.Tensor,
     rows: Sequence[int],

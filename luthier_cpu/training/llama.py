@@ -89,17 +89,6 @@ class FusedLlama:
         found = [parameter for block in self._blocks for parameter in block.parameters]
         return found + [weight for weight in outer if weight.requires_grad]
 
-    def hidden_states(self, token_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Run rows padded on the right.
-
-        Args:
-            token_ids_BT: int64.
-
-        Returns:
-            hidden_BTD after the last norm, in the weights' type.
-        """
-        return self._run(token_ids_BT, 0, None).view(*token_ids_BT.shape, -1)
-
     def wanted_hidden_states(
         self, token_ids_BT: torch.Tensor, wanted_BT: torch.Tensor, *, num_shared: int = 0
     ) -> torch.Tensor:
@@ -130,10 +119,8 @@ class FusedLlama:
             return weight_VD.new_empty(0, weight_VD.shape[1])
         return self._run(token_ids_BT, num_shared, wanted_BT.flatten().nonzero()[:, 0])
 
-    def _run(
-        self, token_ids_BT: torch.Tensor, num_shared: int, wanted_M: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the hidden states of the tokens that are not shared, or of those wanted among them."""
+    def _run(self, token_ids_BT: torch.Tensor, num_shared: int, wanted_M: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states of those wanted among the tokens that are not shared."""
         own_BT = token_ids_BT[:, num_shared:]
         x_ND = self._body.embed_tokens(torch.cat([token_ids_BT[0, :num_shared], own_BT.reshape(-1)]))
         embedded_VD = self._method.virtual_embeddings(self._attached)
@@ -156,8 +143,7 @@ class FusedLlama:
             if block is self._blocks[-1]:
                 # Nothing attends to what it gives.
                 attended_NK, x_ND = attended_NK[num_shared:], x_ND[num_shared:]
-                if wanted_M is not None:
-                    attended_NK, x_ND = (one.index_select(0, wanted_M) for one in (attended_NK, x_ND))
+                attended_NK, x_ND = (one.index_select(0, wanted_M) for one in (attended_NK, x_ND))
             x_ND = _leave_attention(block, attended_NK, x_ND)
             x_ND = _feed_forward(block, x_ND)
         return self._body.norm(x_ND)

@@ -55,7 +55,8 @@ class PlainOps:
         query, key, value = (part.unflatten(-1, (-1, self._shape.size)) for part in parts)
         query, key = (turn(one, positions_N, self._shape) for one in (query, key))
         own_N = pages_NW.gather(1, (positions_N // PAGE_SIZE)[:, None])[:, 0]
-        pages.write(layer, own_N, positions_N % PAGE_SIZE, key, value)
+        for whole, one in ((pages.keys, key), (pages.values, value)):
+            whole[layer][own_N, :, positions_N % PAGE_SIZE] = one
         groups = self._shape.num_heads // self._shape.num_kv_heads
         for row, position in enumerate(positions_N[: tokens.num_attending].tolist()):
             own_W = pages_NW[row, : position // PAGE_SIZE + 1]

@@ -108,7 +108,7 @@ def test_an_adapter_says_what_its_method_says_however_its_tokens_are_cut(
     if adapter.keys_NLHC is not None and adapter.values_NLHC is not None:
         positions = torch.arange(start)
         pages = torch.tensor(PAGES)[positions // PAGE_SIZE]
-        packed.pages.write_all(pages, positions % PAGE_SIZE, adapter.keys_NLHC, adapter.values_NLHC)
+        packed.pages.write(pages, positions % PAGE_SIZE, adapter.keys_NLHC, adapter.values_NLHC)
     cuts = [0, 7, 8, 9, 21, 22, 38, 39, 40]
     for begin, end in itertools.pairwise(cuts):
         chunk = Chunk(IDS[begin:end], start + begin, PAGES, adapter.descriptor)

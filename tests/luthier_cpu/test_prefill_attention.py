@@ -81,7 +81,8 @@ def test_tokens_mix_what_a_plain_softmax_mixes(
     for (first, _), own in zip(chunks, owned, strict=True):
         positions = torch.arange(first)
         before = torch.randn(2, first, num_kv_heads, size, generator=generator)
-        pages.write(0, torch.tensor(own)[positions // PAGE_SIZE], positions % PAGE_SIZE, *before.bfloat16())
+        own_N = torch.tensor(own)[positions // PAGE_SIZE]
+        pages.write(own_N, positions % PAGE_SIZE, *before.bfloat16()[:, :, None])
     places = [(first, count, own) for (first, count), own in zip(chunks, owned, strict=True)]
     tokens = token_rows(places, num_attending=0, are_alone=False)
     qkv_NE = torch.randn(len(tokens), sum(shape.widths), generator=generator).bfloat16()

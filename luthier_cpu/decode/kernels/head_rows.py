@@ -31,6 +31,7 @@ from luthier_cpu.codegen.memory_access import (
     lanes_below,
     loop,
     multiply_add,
+    reduced,
     sum_lanes,
     transposed,
 )
@@ -273,10 +274,7 @@ def softmax_row(builder, scores, seen, size, like):
         return _larger(builder, found[0], highest)
 
     lowest = constant(VECTOR, float("-inf"))
-    highest = row.fold([scores], lowest, larger)
-    for step in (8, 4, 2, 1):
-        others = ir.Constant(WIDE_BITS, [lane ^ step for lane in range(LANES)])
-        highest = larger([builder.shuffle_vector(highest, highest, others)], highest)
+    highest = reduced(builder, row.fold([scores], lowest, larger), lambda a, b: _larger(builder, a, b))
 
     def power(found: list[ir.Value]) -> ir.Value:
         return exponential_16(builder, builder.fsub(found[0], highest))

@@ -9,6 +9,7 @@ from numba import carray, types
 
 from luthier_cpu.codegen.memory_access import (
     F32,
+    I16,
     I32,
     I64,
     LANES,
@@ -22,6 +23,7 @@ from luthier_cpu.codegen.memory_access import (
     is_bfloat16,
     item_size,
     loop,
+    reduced,
     sum_lanes,
 )
 from luthier_cpu.codegen.numba_kernel import (
@@ -61,11 +63,9 @@ def _place_of_largest(builder, first, size, like):
     flags = ir.VectorType(flag, LANES)
     start = [constant(VECTOR, infinite), ir.Constant(flags, [0] * LANES)]
     index, (largest_16, is_bad_16) = loop(builder, I64(0), size, LANES, start, compare(LANES))
-    largest, is_bad = F32(infinite), flag(0)
-    for lane in range(LANES):
-        one = builder.extract_element(largest_16, I32(lane))
-        largest = builder.select(builder.fcmp_ordered(">", one, largest), one, largest)
-        is_bad = builder.or_(is_bad, builder.extract_element(is_bad_16, I32(lane)))
+    highest = reduced(builder, largest_16, lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b))
+    largest = builder.extract_element(highest, I32(0))
+    is_bad = builder.icmp_unsigned("!=", builder.bitcast(is_bad_16, I16), I16(0))
     _, (largest, is_bad) = loop(builder, index, size, 1, [largest, is_bad], compare(1))
 
     def seek(lanes: int) -> Body:
@@ -84,10 +84,8 @@ def _place_of_largest(builder, first, size, like):
 
     nowhere = 2**31 - 1
     index, (places,) = loop(builder, I64(0), size, LANES, [constant(WIDE_BITS, nowhere)], seek(LANES))
-    place = I32(nowhere)
-    for lane in range(LANES):
-        one = builder.extract_element(places, I32(lane))
-        place = builder.select(builder.icmp_signed("<", one, place), one, place)
+    lowest = reduced(builder, places, lambda a, b: builder.select(builder.icmp_signed("<", a, b), a, b))
+    place = builder.extract_element(lowest, I32(0))
     _, (place,) = loop(builder, index, size, 1, [place], seek(1))
     is_finite = builder.fcmp_ordered("<", largest, F32(float("inf")))
     is_finite = builder.and_(is_finite, builder.fcmp_ordered(">", largest, F32(infinite)))
