@@ -225,6 +225,20 @@ def loop(
     return index, held
 
 
+def over(
+    builder: ir.IRBuilder, begin: ir.Value, end: ir.Value, emit: Callable[[ir.Value, int], None]
+) -> None:
+    """Emit code for 16 numbers at a time, by the index of the first, and then for each of the rest."""
+    index = begin
+    for lanes in (LANES, 1):
+
+        def body(index: ir.Value, _: list[ir.Value], lanes: int = lanes) -> list[ir.Value]:
+            emit(index, lanes)
+            return []
+
+        index, _ = loop(builder, index, end, lanes, [], body)
+
+
 def for_count(builder: ir.IRBuilder, count: ir.Value, most: int, emit: Callable[[int], None]) -> None:
     """Emit code for each number from 1 to the most; that of `count` runs."""
     after = builder.append_basic_block()

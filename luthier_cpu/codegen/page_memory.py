@@ -13,7 +13,7 @@ _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _LARGE_PAGE = 1 << 21
 # What a processor reads at a time.
-_LINE = 64
+LINE = 64
 
 
 def take_large(num_bytes: int) -> torch.Tensor:
@@ -23,8 +23,8 @@ def take_large(num_bytes: int) -> torch.Tensor:
     within a page. What does not fill a large page is in small ones.
     """
     if num_bytes < _LARGE_PAGE:
-        memory = torch.empty(num_bytes + _LINE, dtype=torch.uint8)
-        first = -memory.data_ptr() % _LINE
+        memory = torch.empty(num_bytes + LINE, dtype=torch.uint8)
+        first = -memory.data_ptr() % LINE
         return memory[first : first + num_bytes]
     # Mapped alone: what goes back goes back to the system, and what only aligns is never touched.
     mapped = mmap.mmap(-1, num_bytes + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.methods import BottleneckPart, LowRankPart, ServedParts
+from luthier_cpu.codegen.page_memory import LINE
 from luthier_cpu.decode.batch_layout import (
     ACTIVATIONS,
     NUM_SITES,
@@ -40,8 +41,6 @@ _HALVES = {"self_attn": 0, "mlp": 1}
 _PATH = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Ranks and widths are filled up to what the kernels take at a time.
 _MULTIPLE = 4
-# What the processor reads at a time, in bytes.
-_LINE = 64
 
 
 @dataclass(eq=False)
@@ -192,7 +191,7 @@ def _pack_together(
 
 
 def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // _LINE) * _LINE
+    return -(-num_bytes // LINE) * LINE
 
 
 def _site_of(module: str, names: dict[str, int], base: PackedLlama) -> tuple[int, int] | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from luthier_cpu.codegen.instructions import BITS, SUMS, Machine
+from luthier_cpu.codegen.instructions import BITS, LINE_BYTES, SUMS, Machine
 from luthier_cpu.codegen.memory_access import (
     HALVES,
     I32,
@@ -29,8 +29,6 @@ from luthier_cpu.codegen.memory_access import (
     row_starts,
     transposed,
 )
-
-_LINE = 64
 
 
 def _emit_sums(
@@ -57,7 +55,7 @@ def _emit_sums(
     for row in range(num_rows):
         first = builder.add(before, builder.mul(before_stride, I64(row)))
         for tile in range(num_tiles):
-            place = machine.pointer(builder.add(first, I64(_LINE * tile)), SUMS)
+            place = machine.pointer(builder.add(first, I64(LINE_BYTES * tile)), SUMS)
             sums.append(builder.load(place, align=4))
     for panel, num_pairs, x, row_stride, pair_stride in panels:
         starts = [builder.add(x, builder.mul(row_stride, I64(row))) for row in range(num_rows)]
@@ -70,10 +68,12 @@ def _emit_sums(
             starts: list[ir.Value] = starts,
         ) -> list[ir.Value]:
             held = list(held)
-            line = builder.add(panel, builder.mul(index, I64(_LINE * num_tiles)))
+            line = builder.add(panel, builder.mul(index, I64(LINE_BYTES * num_tiles)))
             offset = builder.mul(index, pair_stride)
             columns = [
-                builder.load(machine.pointer(builder.add(line, I64(_LINE * tile)), BITS), align=_LINE)
+                builder.load(
+                    machine.pointer(builder.add(line, I64(LINE_BYTES * tile)), BITS), align=LINE_BYTES
+                )
                 for tile in range(num_tiles)
             ]
             for row, start in enumerate(starts):
@@ -159,7 +159,7 @@ def pack_pairs(builder, source, stride, num_rows, target, target_stride):
     rows = [builder.load(machine.pointer(start, BITS), align=2) for start in starts]
     for number, line in enumerate(transposed(builder, rows)):
         place = builder.add(target, builder.mul(target_stride, I64(number)))
-        builder.store(line, machine.pointer(place, BITS), align=_LINE)
+        builder.store(line, machine.pointer(place, BITS), align=LINE_BYTES)
 
 
 def _rounded_halves(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
@@ -186,7 +186,7 @@ def pack_scaled_pairs(builder, source, stride, num_rows, num_numbers, scale, tar
         rows.append(builder.bitcast(builder.shuffle_vector(parts[0], parts[1], order), BITS))
     for number, line in enumerate(transposed(builder, rows)):
         place = builder.add(target, builder.mul(target_stride, I64(number)))
-        builder.store(line, machine.pointer(place, BITS), align=_LINE)
+        builder.store(line, machine.pointer(place, BITS), align=LINE_BYTES)
 
 
 def _pairing(num_tiles: int) -> Any:
@@ -203,7 +203,7 @@ def _pairing(num_tiles: int) -> Any:
             # Widened they are their own upper halves.
             low = builder.lshr(builder.bitcast(low, BITS), constant(BITS, 16))
             line = builder.or_(low, builder.bitcast(high, BITS))
-            place = machine.pointer(builder.add(target, I64(_LINE * tile)), BITS)
+            place = machine.pointer(builder.add(target, I64(LINE_BYTES * tile)), BITS)
             builder.store(line, place, align=4)
 
     return pair

@@ -9,7 +9,7 @@ are shared out among the threads in halves.
 
 from numba import carray
 
-from luthier_cpu.codegen.instructions import STEP_BYTES
+from luthier_cpu.codegen.instructions import LINE_BYTES, STEP_BYTES
 from luthier_cpu.codegen.numba_kernel import (
     Kernel,
     at,
@@ -35,7 +35,6 @@ from luthier_cpu.gemm.tile_shapes import MOST_ROWS, PANEL_OUTPUTS, TILE_INPUTS, 
 _BLOCK_ROWS = 2 * TILE_ROWS
 _HALF, _HALF_BYTES = PANEL_OUTPUTS // 2, STEP_BYTES // 2
 _LANES = 16
-_LINE = 64
 
 
 @inlined
@@ -94,7 +93,7 @@ def _fill_asked(table, panel, num_panels, num_parts, asked_at, otherwise):
             region = carray(at_int64(adapters[first_row + row] + entry * 8), 2)
             if region[1] == 0:
                 continue
-            asked[part] = region[0] + region[1] * (place - begin) // (end - begin) // _LINE * _LINE
+            asked[part] = region[0] + region[1] * (place - begin) // (end - begin) // LINE_BYTES * LINE_BYTES
 
 
 @Kernel

@@ -12,11 +12,9 @@ from torch.nn import functional
 
 from luthier_cpu.codegen import kernels
 from luthier_cpu.codegen.openmp import Launcher
-from luthier_cpu.codegen.page_memory import take_large
+from luthier_cpu.codegen.page_memory import LINE, take_large
 from luthier_cpu.gemm.panel_products import come_out_right
 from luthier_cpu.gemm.tile_shapes import PANEL_OUTPUTS, TILE_INPUTS
-
-_LINE = 64
 
 
 class TiledWeight:
@@ -37,8 +35,8 @@ class TiledWeight:
         self.num_outputs, self.num_inputs = weight_OK.shape
         if memory is None:
             memory = take_large(tiled_bytes(weight_OK))
-        if memory.data_ptr() % _LINE:
-            raise ValueError(f"Memory for a weight in tiles begins at a multiple of {_LINE} bytes.")
+        if memory.data_ptr() % LINE:
+            raise ValueError(f"Memory for a weight in tiles begins at a multiple of {LINE} bytes.")
         self._memory = memory
         missing = -self.num_outputs % PANEL_OUTPUTS
         filled = functional.pad(weight_OK, (0, 0, 0, missing)) if missing else weight_OK

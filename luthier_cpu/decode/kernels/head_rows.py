@@ -21,7 +21,6 @@ from luthier_cpu.codegen.memory_access import (
     LANES,
     VECTOR,
     WIDE_BITS,
-    Body,
     Memory,
     broadcast,
     call,
@@ -31,6 +30,7 @@ from luthier_cpu.codegen.memory_access import (
     lanes_below,
     loop,
     multiply_add,
+    over,
     reduced,
     sum_lanes,
     transposed,
@@ -44,15 +44,10 @@ def copy_row(builder, source, target, size, like):
     """Copy a row of numbers."""
     memory = Memory(builder, is_bfloat16=is_bfloat16(like))
 
-    def copy(lanes: int) -> Body:
-        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            memory.store_bits(memory.load_bits(source, index, lanes), target, index)
-            return []
+    def copy(index: ir.Value, lanes: int) -> None:
+        memory.store_bits(memory.load_bits(source, index, lanes), target, index)
 
-        return body
-
-    index, _ = loop(builder, I64(0), size, LANES, [], copy(LANES))
-    loop(builder, index, size, 1, [], copy(1))
+    over(builder, I64(0), size, copy)
 
 
 def emit_turn(
@@ -62,26 +57,20 @@ def emit_turn(
     source, target, cosine, sine, half, scale = places
     angles = Memory(builder, is_bfloat16=False)
 
-    def turned(lanes: int) -> Body:
+    def turn(index: ir.Value, lanes: int) -> None:
         factor = broadcast(builder, scale) if lanes > 1 else scale
+        other = builder.add(index, half)
+        first, second = rows.load(source, index, lanes), rows.load(source, other, lanes)
+        cosines, sines = angles.load(cosine, index, lanes), angles.load(sine, index, lanes)
+        if is_inverse:
+            sines = builder.fneg(sines)
+        crossed = builder.fmul(second, sines)
+        one = multiply_add(builder, first, cosines, builder.fneg(crossed))
+        two = multiply_add(builder, second, cosines, builder.fmul(first, sines))
+        targets.store(builder.fmul(one, factor), target, index)
+        targets.store(builder.fmul(two, factor), target, other)
 
-        def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-            other = builder.add(index, half)
-            first, second = rows.load(source, index, lanes), rows.load(source, other, lanes)
-            cosines, sines = angles.load(cosine, index, lanes), angles.load(sine, index, lanes)
-            if is_inverse:
-                sines = builder.fneg(sines)
-            crossed = builder.fmul(second, sines)
-            one = multiply_add(builder, first, cosines, builder.fneg(crossed))
-            two = multiply_add(builder, second, cosines, builder.fmul(first, sines))
-            targets.store(builder.fmul(one, factor), target, index)
-            targets.store(builder.fmul(two, factor), target, other)
-            return []
-
-        return body
-
-    index, _ = loop(builder, I64(0), half, LANES, [], turned(LANES))
-    loop(builder, index, half, 1, [], turned(1))
+    over(builder, I64(0), half, turn)
 
 
 def _turning(*, is_inverse: bool) -> Any:
@@ -215,10 +204,7 @@ class _Row:
     """A row of which the first `seen` numbers count; the others become 0."""
 
     def __init__(self, builder: ir.IRBuilder, memory: Memory, seen: ir.Value, size: ir.Value) -> None:
-        self._builder = builder
-        self._memory = memory
-        self._seen = seen
-        self._size = size
+        self._builder, self._memory, self._seen, self._size = builder, memory, seen, size
 
     def fold(
         self,
@@ -253,16 +239,10 @@ class _Row:
         made = make([memory.load_some(one, index, counts) for one in addresses])
         memory.store_some(builder.select(counts, made, zero), target, index, exists)
 
-        def clear(lanes: int) -> Body:
-            def body(index: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
-                memory.store(zero if lanes > 1 else F32(0.0), target, index)
-                return []
+        def clear(index: ir.Value, lanes: int) -> None:
+            memory.store(zero if lanes > 1 else F32(0.0), target, index)
 
-            return body
-
-        index = builder.add(index, I64(LANES))
-        index, _ = loop(builder, index, self._size, LANES, [], clear(LANES))
-        loop(builder, index, self._size, 1, [], clear(1))
+        over(builder, builder.add(index, I64(LANES)), self._size, clear)
 
 
 @emitted()

@@ -14,7 +14,7 @@ Legend: C head size, Q queries of a block, 16.
 import numpy as np
 from numba import carray
 
-from luthier_cpu.codegen.instructions import TILE_BYTES
+from luthier_cpu.codegen.instructions import LINE_BYTES, TILE_BYTES
 from luthier_cpu.codegen.numba_kernel import (
     Kernel,
     at_float32,
@@ -40,7 +40,6 @@ from luthier_cpu.gemm.panel_blocks import pack_pairs
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
 
 _QUERIES = 16
-_LINE = 64
 _LOWEST = np.float32(-np.inf)
 
 
@@ -100,7 +99,7 @@ def _pack_queries(qkv_at, first_row, some, num_blocks, heads, tables, scale, roo
             turn_row(source_at, target_at, tables[0] + angle, tables[1] + angle, half, scale, data)
         block_at = queries_at + block * size * _QUERIES * 2
         for first in range(0, size, TILE_INPUTS):
-            pack_pairs(turned_at + first * 2, size * 2, _QUERIES, block_at + first * _QUERIES * 2, _LINE)
+            pack_pairs(turned_at + first * 2, size * 2, _QUERIES, block_at + first * _QUERIES * 2, LINE_BYTES)
 
 
 @inlined

@@ -10,6 +10,7 @@ chunk and a site are shared out among the threads.
 
 from numba import carray
 
+from luthier_cpu.codegen.instructions import LINE_BYTES
 from luthier_cpu.codegen.numba_kernel import (
     Kernel,
     at_int64,
@@ -26,7 +27,6 @@ from luthier_cpu.gemm.panel_blocks import pack_pairs
 from luthier_cpu.gemm.tile_shapes import TILE_INPUTS, TILE_ROWS
 
 _MIDDLE_BYTES = PREFILL_BLOCK * PREFILL_RANK * 2
-_LINE = 64
 
 
 def floats_of_low_rank(num_inputs: int) -> int:
@@ -38,7 +38,7 @@ def floats_of_low_rank(num_inputs: int) -> int:
 def _pack_ranks(a_at, num_ranks, size, tiles_at):
     """Lay up to 16 rows [ranks, K] into tiles, a tile for 32 inputs; further rows repeat the last."""
     for first in range(0, size, TILE_INPUTS):
-        pack_pairs(a_at + first * 2, size * 2, num_ranks, tiles_at + first * TILE_ROWS * 2, _LINE)
+        pack_pairs(a_at + first * 2, size * 2, num_ranks, tiles_at + first * TILE_ROWS * 2, LINE_BYTES)
 
 
 @inlined
@@ -52,7 +52,7 @@ def _fill_middle(a_at, num_ranks, size, x_at, num_tokens, tiles_at, sums_at, mid
             multiply_tile(tiles_at, rows_at, size * 2, size // TILE_INPUTS, num_rows, sums_at)
             for i in range(num_rows):
                 # What repeats a rank is not read.
-                round_lanes(sums_at + i * _LINE, middle_at + ((row + i) * width + first_rank) * 2)
+                round_lanes(sums_at + i * LINE_BYTES, middle_at + ((row + i) * width + first_rank) * 2)
 
 
 @Kernel
