@@ -58,13 +58,13 @@ def base(base_folder: Path) -> PackedLlama:
 def adapters(tmp_path: Path, base_folder: Path, base: PackedLlama) -> list[PackedAdapter]:
     plain = load_plain(base_folder)
     weights = {name: module.weight for name, module in plain.named_modules() if hasattr(module, "weight")}
-    laid_out = []
+    packed = []
     for number, tuning in enumerate(TUNINGS):
         folder = build_method_artifact(tmp_path / str(number), base_folder, tuning, seed=number).folder
         parts = method_of_artifact(folder).read_parts(folder, read_shape(base_folder))
         assert parts is not None
-        laid_out.append(pack_adapter(parts, base, lambda name: weights[name]))
-    return laid_out
+        packed.append(pack_adapter(parts, base, lambda name: weights[name]))
+    return packed
 
 
 def make_step(seed: int, num_rows: int, adapters: list[PackedAdapter]) -> list[Chunk]:
@@ -83,8 +83,8 @@ def run_both_ways(base: PackedLlama, step: list[Chunk]) -> tuple[torch.Tensor, t
     keys, values = base.pages.keys.clone(), base.pages.values.clone()
     programs = base._programs
     assert programs is not None
-    told = base.step(step)
-    as_program = told.held_RV.float()
+    logits = base.step(step)
+    as_program = logits.held_RV.float()
     after = base.pages.keys.clone(), base.pages.values.clone()
     base.pages.keys.copy_(keys)
     base.pages.values.copy_(values)
@@ -92,7 +92,7 @@ def run_both_ways(base: PackedLlama, step: list[Chunk]) -> tuple[torch.Tensor, t
     again = base.step(step)
     launched = again.held_RV.float()
     base._programs = programs
-    assert told.best == again.best == launched.argmax(dim=-1).tolist()
+    assert logits.best == again.best == launched.argmax(dim=-1).tolist()
     assert torch.equal(after[0], base.pages.keys)
     assert torch.equal(after[1], base.pages.values)
     return as_program, launched
@@ -110,7 +110,7 @@ def test_steps_of_any_rows_and_adapters_agree(base: PackedLlama, adapters: list[
 def test_last_tokens_say_alone_what_they_say_among_all(
     base: PackedLlama, adapters: list[PackedAdapter]
 ) -> None:
-    """Of rows and chunks that are laid in another order than given, each with weights of its own."""
+    """Of rows and chunks that run in another order than given, each with weights of its own."""
     lengths = (1, 5, 20, 1, 2, 9, 33)
     mixed = [None, *(one.descriptor for one in adapters)]
 
@@ -167,9 +167,9 @@ def test_rows_of_one_sequence_say_what_each_says_a_step_later(
         beside = Chunk([3], 20, [8, 9])
         longer = Chunk(tokens, 14, [0, 1, 2], adapter, num_first_logits=count - 1, by_rows=True)
         assert programs.can_run([beside, longer])
-        told = base.step([beside, longer])
-        together = told.held_RV.float().clone()
-        assert told.best == together.argmax(dim=-1).tolist()
+        logits = base.step([beside, longer])
+        together = logits.held_RV.float().clone()
+        assert logits.best == together.argmax(dim=-1).tolist()
         alone = []
         for number, token in enumerate(tokens):
             rows = [Chunk([3], 20, [8, 9]), Chunk([token], 14 + number, [0, 1, 2], adapter)]
@@ -231,7 +231,7 @@ def make_adapter(base: PackedLlama, rank: int, seed: int) -> AdapterDescriptor:
 
 
 @pytest.mark.usefixtures("num_threads")
-def test_steps_with_stretches_are_programs_and_agree(
+def test_steps_with_chunks_are_programs_and_agree(
     wide_base: PackedLlama, monkeypatch: pytest.MonkeyPatch, num_threads: int
 ) -> None:
     runs: list[int] = []
@@ -255,7 +255,7 @@ def test_steps_with_stretches_are_programs_and_agree(
         assert len(runs) == number + 1
 
 
-def test_a_last_token_after_a_stretch_sees_it_as_it_would_a_step_later(wide_base: PackedLlama) -> None:
+def test_a_last_token_after_a_chunk_sees_it_as_it_would_a_step_later(wide_base: PackedLlama) -> None:
     descriptor, tokens = make_adapter(wide_base, 4, 3), list(range(1, 22))
     begin = Chunk(tokens[:-1], 2, [150, 151], descriptor, wants_logits=False, num_first_logits=2)
     last = Chunk(tokens[-1:], 22, [150, 151], descriptor)
@@ -280,7 +280,7 @@ def test_steps_whose_adapters_are_not_all_kernels_are_launched(
     assert len(runs) == 1
 
 
-def test_an_adapter_tells_where_what_is_read_together_lies(adapters: list[PackedAdapter]) -> None:
+def test_an_adapter_has_the_regions_of_what_is_read_together(adapters: list[PackedAdapter]) -> None:
     descriptor = adapters[0].descriptor
     assert descriptor is not None
     for layer, all_sites in enumerate(descriptor.low_ranks):
@@ -327,7 +327,7 @@ def test_a_program_does_not_outlive_the_memory_it_works_in(
         torch.set_num_threads(before)
 
 
-def test_a_base_leaves_the_memory_when_nobody_names_it(base_folder: Path) -> None:
+def test_a_base_leaves_the_memory_when_nothing_refers_to_it(base_folder: Path) -> None:
     base = PackedLlama(load_plain(base_folder).bfloat16(), num_pages=4)
     base.step([Chunk([3], 0, [1])])
     seen, weights = weakref.ref(base), weakref.ref(base._head)

@@ -29,7 +29,7 @@ def flat(result: Any) -> list[torch.Tensor]:
 
 
 def meant(tensors: list[torch.Tensor], num_columns: int | None) -> list[torch.Tensor]:
-    """Leave out the columns of wide buffers that nobody has written yet."""
+    """Leave out the columns of wide buffers that nothing has written yet."""
     return [t if num_columns is None or t.dim() < 2 else t[..., :num_columns] for t in tensors]
 
 
@@ -109,7 +109,7 @@ def test_a_compiled_kernel_equals_the_plain_operators(name: str, dtype: torch.dt
 
 
 def inside(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a copy that lies between NaN, and the whole memory that it lies in."""
+    """Return a copy between NaN, and the whole memory that it is in."""
     around = torch.full((tensor.numel() + 128,), float("nan"), dtype=tensor.dtype)
     middle = around[64:-64].view(tensor.shape)
     middle.copy_(tensor)

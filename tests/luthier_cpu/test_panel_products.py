@@ -109,7 +109,7 @@ def test_products_are_those_of_float64(num_rows: int, sizes: tuple[int, ...], ra
 
 
 @pytest.mark.parametrize("num_rows", [3, 21])
-def test_sums_over_more_than_lies_near_the_processor_go_on(num_rows: int) -> None:
+def test_sums_over_more_than_is_near_the_processor_continue(num_rows: int) -> None:
     case = Case(num_rows, 2 * MOST_PAIRS + 64, (32, 2 * MOST_PAIRS + 32), (4, 8))
     assert_close(case.found(), case.expected())
 

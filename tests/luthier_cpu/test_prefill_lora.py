@@ -58,7 +58,7 @@ ADAPTERS = {
 @pytest.mark.parametrize(
     "names", [["sixteen"], ["small", "wide", "too wide", "factors"], ["factors", "none"]]
 )
-def test_updates_of_stretches_are_those_of_plain_operators(names: list[str], num_threads: int) -> None:
+def test_updates_of_chunks_are_those_of_plain_operators(names: list[str], num_threads: int) -> None:
     adapters = [ADAPTERS[name]() if name in ADAPTERS else None for name in names]
     lengths = [(2, 130, 16, 65)[number % 4] for number in range(len(names))]
     # Two single rows come first.

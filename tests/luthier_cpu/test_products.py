@@ -64,7 +64,7 @@ def test_what_is_no_number_stays_visible_in_its_row_alone(num_rows: int, wrong: 
 
 
 @needs_tiles
-def test_weights_lie_in_memory_that_is_given_and_nowhere_else() -> None:
+def test_weights_are_in_memory_that_is_given_and_nowhere_else() -> None:
     weight_OK = draw(100, 96)
     memory = take_large(3 * tiled_bytes(weight_OK)).zero_()
     before, own, after = memory.split(tiled_bytes(weight_OK))
