@@ -241,15 +241,11 @@ def test_all_rows_are_computed_whatever_team_of_threads_comes(limit: str) -> Non
     subprocess.run([sys.executable, "-c", _SMALL_TEAM], env=environment, check=True)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2, 5])
-def test_more_threads_than_rows_do_no_harm(num_threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        x = draw(3, 96, dtype=torch.float32)
-        found = kernels.gated_silu(x, 48)
-    finally:
-        torch.set_num_threads(before)
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("num_threads", [1, 2, 5], indirect=True)
+def test_more_threads_than_rows_do_no_harm() -> None:
+    x = draw(3, 96, dtype=torch.float32)
+    found = kernels.gated_silu(x, 48)
     assert torch.allclose(found, torch.nn.functional.silu(x[:, :48]) * x[:, 48:], atol=1e-5)
 
 

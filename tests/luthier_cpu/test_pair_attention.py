@@ -52,19 +52,15 @@ def _plainly(tensors: Tensors, num_tokens: int, start: int) -> list[torch.Tensor
         (5, 1, 65, 127, 32),
     ],
 )
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("num_threads", [1, 3], indirect=True)
 def test_results_and_gradients_are_those_of_plain_operators(
-    num_pairs: int, groups: int, num_tokens: int, start: int, size: int, num_threads: int
+    num_pairs: int, groups: int, num_tokens: int, start: int, size: int
 ) -> None:
     tensors = _make(num_pairs, groups, num_tokens, start, size)
     expected = _plainly(tensors, num_tokens, start)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        attended, weights = attend(*tensors[:3], num_tokens, start)
-        found = [attended, *attend_backward(tensors[3], *tensors[:3], weights, num_tokens, start)]
-    finally:
-        torch.set_num_threads(before)
+    attended, weights = attend(*tensors[:3], num_tokens, start)
+    found = [attended, *attend_backward(tensors[3], *tensors[:3], weights, num_tokens, start)]
     for other, own in zip(expected, found, strict=True):
         gap = (own.float() - other).norm()
         # A rounding to bfloat16 is 2^-9 of a number, and there are three one after the other.

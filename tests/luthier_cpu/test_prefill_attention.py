@@ -61,13 +61,14 @@ def test_what_is_no_number_stays_visible_and_what_is_hidden_counts_for_nothing()
     assert not attend(changed_NE)[0, :32].isfinite().any()
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("num_threads", [1, 3], indirect=True)
 @pytest.mark.parametrize(
     ("num_kv_heads", "groups", "size"), [(3, 3, 64), (1, 1, 32), (2, 5, 96), (1, 8, 128)]
 )
 @pytest.mark.parametrize("chunks", [[(0, 2)], [(0, 300)], [(7, 20), (130, 64), (0, 16), (500, 33)]])
 def test_tokens_mix_what_a_plain_softmax_mixes(
-    num_kv_heads: int, groups: int, size: int, chunks: list[tuple[int, int]], num_threads: int
+    num_kv_heads: int, groups: int, size: int, chunks: list[tuple[int, int]]
 ) -> None:
     generator = torch.Generator().manual_seed(len(chunks))
     shape = make_shape(num_kv_heads, groups, size)
@@ -90,15 +91,10 @@ def test_tokens_mix_what_a_plain_softmax_mixes(
     slices = [slice(end - count, end) for end, (_, count) in zip(ends, chunks, strict=True)]
     rows = ChunkRows([None] * len(places), slices, [first for first, _ in chunks])
     out_NK = torch.full((len(tokens), shape.widths[0]), float("nan"), dtype=torch.bfloat16)
-    before_threads = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        ops = CompiledOps(shape, (*shape.widths, size, size, size, size), like, 8)
-        assert ops._prefill_attention is not None
-        ops.attend(qkv_NE, tokens, pages, 0, out_NK)
-        ops.attend_chunks(qkv_NE, tokens, rows, pages, 0, out_NK)
-    finally:
-        torch.set_num_threads(before_threads)
+    ops = CompiledOps(shape, (*shape.widths, size, size, size, size), like, 8)
+    assert ops._prefill_attention is not None
+    ops.attend(qkv_NE, tokens, pages, 0, out_NK)
+    ops.attend_chunks(qkv_NE, tokens, rows, pages, 0, out_NK)
     for own_slice, (first, count), own in zip(slices, chunks, owned, strict=True):
         keys, values = pages.gather(0, torch.tensor(own), first + count)
         expected_TK = expected(shape, qkv_NE[own_slice], first, keys, values)

@@ -54,38 +54,34 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
+@pytest.mark.usefixtures("num_threads")
+@pytest.mark.parametrize("num_threads", [1, 3], indirect=True)
 @pytest.mark.parametrize(
     "names", [["sixteen"], ["small", "wide", "too wide", "factors"], ["factors", "none"]]
 )
-def test_updates_of_chunks_are_those_of_plain_operators(names: list[str], num_threads: int) -> None:
+def test_updates_of_chunks_are_those_of_plain_operators(names: list[str]) -> None:
     adapters = [ADAPTERS[name]() if name in ADAPTERS else None for name in names]
     lengths = [(2, 130, 16, 65)[number % 4] for number in range(len(names))]
     # Two single rows come first.
     ends = [2 + sum(lengths[: number + 1]) for number in range(len(names))]
     tokens = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
     chunks = ChunkRows(adapters, tokens, [0] * len(names))
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        ops = CompiledOps(SHAPE, WIDTHS, torch.empty(1, dtype=torch.bfloat16), 1024)
-        # Threads' memory holds what was there before.
-        ops._scratch_of_threads()
-        ops._scratch.fill_(torch.nan)
-        for layer in range(2):
-            for sites in GROUPS:
-                x_NK = draw(ends[-1] + 1, INPUTS[sites.start], seed=layer).bfloat16()
-                out_NO = draw(len(x_NK), sum(WIDTHS[sites]), seed=9).bfloat16()
-                expected_NO, first_NO = out_NO.clone(), out_NO.clone()
-                PlainOps(SHAPE, WIDTHS).add_low_rank_to_chunks(expected_NO, x_NK, chunks, layer, sites)
-                ops.add_low_rank_to_chunks(out_NO, x_NK, chunks, layer, sites)
-                torch.testing.assert_close(out_NO, expected_NO, rtol=2e-2, atol=6e-2)
-                gap = (out_NO.float() - expected_NO.float()).abs().mean()
-                assert gap < 0.02 * (expected_NO.float() - first_NO.float()).abs().mean()
-                assert torch.equal(out_NO[:2], first_NO[:2])
-                assert torch.equal(out_NO[ends[-1] :], first_NO[ends[-1] :])
-    finally:
-        torch.set_num_threads(before)
+    ops = CompiledOps(SHAPE, WIDTHS, torch.empty(1, dtype=torch.bfloat16), 1024)
+    # Threads' memory holds what was there before.
+    ops._scratch_of_threads()
+    ops._scratch.fill_(torch.nan)
+    for layer in range(2):
+        for sites in GROUPS:
+            x_NK = draw(ends[-1] + 1, INPUTS[sites.start], seed=layer).bfloat16()
+            out_NO = draw(len(x_NK), sum(WIDTHS[sites]), seed=9).bfloat16()
+            expected_NO, first_NO = out_NO.clone(), out_NO.clone()
+            PlainOps(SHAPE, WIDTHS).add_low_rank_to_chunks(expected_NO, x_NK, chunks, layer, sites)
+            ops.add_low_rank_to_chunks(out_NO, x_NK, chunks, layer, sites)
+            torch.testing.assert_close(out_NO, expected_NO, rtol=2e-2, atol=6e-2)
+            gap = (out_NO.float() - expected_NO.float()).abs().mean()
+            assert gap < 0.02 * (expected_NO.float() - first_NO.float()).abs().mean()
+            assert torch.equal(out_NO[:2], first_NO[:2])
+            assert torch.equal(out_NO[ends[-1] :], first_NO[ends[-1] :])
 
 
 def test_what_is_no_number_stays_visible() -> None:
