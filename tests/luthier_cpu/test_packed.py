@@ -67,14 +67,14 @@ def test_weights_are_never_in_memory_twice_while_a_base_is_packed(
     base_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_plain(base_folder).to(dtype)
-    lay, held = WeightMemory.pack, []
+    pack, held = WeightMemory.pack, []
 
     def count(memory: WeightMemory, *weights: torch.Tensor) -> PackedLinear:
         linears = [one for name, one in model.model.layers.named_parameters() if "norm" not in name]
         held.append(sum(one.untyped_storage().nbytes() for one in linears))
-        return lay(memory, *weights)
+        return pack(memory, *weights)
 
-    monkeypatch.setattr(WeightMemory, "lay", count)
+    monkeypatch.setattr(WeightMemory, "pack", count)
     PackedLlama(model, num_pages=8)
     # Four products a layer, then the output layer.
     num_layers = len(model.model.layers)
