@@ -55,11 +55,7 @@ _PAIRS = ir.VectorType(BFloat16(), 2 * LANES)
 
 
 class Machine:
-    """Emits the processor's own instructions.
-
-    Args:
-        builder: where the code goes.
-    """
+    """Emits the processor's own instructions."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self._builder = builder

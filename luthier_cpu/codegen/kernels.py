@@ -84,10 +84,7 @@ def compiled_address(name: str, dtype: torch.dtype) -> int:
 
 
 def float_bits(value: float) -> int:
-    """Return a number as kernels read it from their table: the bits of a float32.
-
-    Returns:
-        The bits, as a whole number with a sign.
+    """Return a number as kernels read it from their table: the bits of a float32, as a signed number.
 
     Raises:
         OverflowError: when it is finite and beyond what a float32 holds.

@@ -128,7 +128,6 @@ class Memory:
     """Numbers of one type in memory, read and written as float32.
 
     Args:
-        builder: where the code goes.
         is_bfloat16: whether they are bfloat16, else float32.
     """
 

@@ -349,9 +349,6 @@ def token_rows(
         places: of each chunk the position of its first token, its tokens, and its sequence's pages.
         num_attending: tokens that attend by themselves.
         are_alone: whether each chunk is one token.
-
-    Returns:
-        The tokens.
     """
     num_tokens = sum(count for _, count, _ in places)
     widths = [-(-(first + count) // PAGE_SIZE) for first, count, _ in places]

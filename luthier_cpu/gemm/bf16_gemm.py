@@ -42,7 +42,6 @@ def _emit_rows(
     memory is asked for those of the next, a part by each block of rows, so that neither waits for the other.
 
     Args:
-        builder: where the code goes.
         operands: the weights' address, the rows' and their stride, the steps of 32 inputs, the number of
             rows, and where the products go.
         num_tiles: tiles of 16 outputs side by side.

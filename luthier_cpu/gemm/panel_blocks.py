@@ -42,7 +42,6 @@ def _emit_sums(
     """Emit the sums of a block over panels, row by row of each tile.
 
     Args:
-        builder: where the code goes.
         num_tiles: T; their sums and a line must find room in registers.
         panels: of each its address, its pairs, the rows' address, their stride and that of their pairs.
         before: the address of the sums so far, float32.

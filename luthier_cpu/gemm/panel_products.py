@@ -293,9 +293,6 @@ def come_out_right(what: str, gaps: Iterable[float], *, largest: float = _LARGES
 
     Args:
         gaps: by how much each is off, as a share of the largest number.
-
-    Returns:
-        Whether all are.
     """
     for gap in gaps:
         # Not a gap that is no number either.
