@@ -4,6 +4,7 @@ Shapes: OpenAI's API reference, "Chat completions" and "Completions (legacy)".
 """
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -13,7 +14,6 @@ import msgspec
 from luthier.core.errors import LuthierError
 from luthier.core.ids import IdKind, new_id
 from luthier.core.inference import TokenUsage
-from luthier.core.runtime import now_seconds
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.sampler import MIN_LOGPROB
 from luthier.inference.engine.sequence import Choice, ChoiceAt
@@ -89,7 +89,7 @@ class ChoicesFormatter(ResponseFormatter):
     chunk_object_name: ClassVar[str]
 
     def __init__(self, asked: ChatRequest | CompletionRequest, model: str, ready: ReadyModel) -> None:
-        self._id, self._created, self._model = new_id(self.id_kind), now_seconds(), model
+        self._id, self._created, self._model = new_id(self.id_kind), int(time.time()), model
         self._fingerprint = ready.served.fingerprint
         self._tokenizer = ready.base.tokenizer
         self._with_logprobs = asked.num_logprobs is not None

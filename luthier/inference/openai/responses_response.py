@@ -3,13 +3,13 @@
 Shapes: OpenAI's API reference, "Responses" and "Streaming events". One object is one response.
 """
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from luthier.core.errors import LuthierError
 from luthier.core.ids import new_id
 from luthier.core.inference import TokenUsage
-from luthier.core.runtime import now_seconds
 from luthier.inference.engine.sequence import ChoiceAt
 from luthier.inference.models.base_models import ReadyModel
 from luthier.inference.openai.chat_response import ResponseFormatter, encode_json, token_logprobs
@@ -52,7 +52,7 @@ class ResponsesFormatter(ResponseFormatter):
         self._frame: dict[str, Any] = {
             "id": new_id("response"),
             "object": "response",
-            "created_at": now_seconds(),
+            "created_at": int(time.time()),
             "model": model,
             "background": False,
             "previous_response_id": None,

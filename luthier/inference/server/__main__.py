@@ -127,10 +127,6 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _default_num_threads(settings: Settings) -> int:
-    return max(1, (os.cpu_count() or 1) // settings.inference_processes)
-
-
 def _exit_dead() -> None:
     """End the process, which would answer 503 for ever; its supervisor starts another."""
     _LOG.critical("The engine has ended; the process exits with status %d.", _EXIT_DEAD)
@@ -159,7 +155,7 @@ def serve(settings: Settings) -> None:
     socket_path = None if is_tcp else Path(listener.getsockname())
     engine = Engine(
         max_waiting=settings.max_waiting_requests,
-        num_threads=settings.num_threads or _default_num_threads(settings),
+        num_threads=settings.num_threads or max(1, (os.cpu_count() or 1) // settings.inference_processes),
         on_death=_exit_dead,
         stall_seconds=min(settings.stall_seconds, _MAX_STALL_SECONDS),
     )
