@@ -11,7 +11,7 @@ from tests.stack import ROOT, Stack, tiny_stack, wait_until
 from tests.tiny import BASE_ID
 
 # The number only shrinks, to 30.
-_MAX_FILES = 64
+_MAX_FILES = 39
 _NUM_CHATS = 4
 # Behind `ModelRunner.execute`.
 _RUNNERS = ("luthier/modeling/", "luthier/inference/runners/", "luthier_cpu/")
