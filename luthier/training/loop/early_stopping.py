@@ -29,11 +29,18 @@ def decide(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Decis
     best: Evaluation | None = None
     last: Evaluation | None = None
     num_without_gain = 0
+    reason, forgot_too_much = None, False
+    limit = options.max_forgetting
     for evaluation in evaluations:
         if evaluation.step == 0:
             continue
-        if _forgot_too_much(options, evaluation):
-            return Decision(_result(options, best, last), _forgetting_reason(options, evaluation), True)
+        if limit is not None and evaluation.forgetting is not None and evaluation.forgetting > limit:
+            forgot_too_much = True
+            reason = (
+                f"Training ends after step {evaluation.step}: the loss on general text has risen by "
+                f"{evaluation.forgetting:.4f} nats per token, above training.max_forgetting ({limit:g})."
+            )
+            break
         last = evaluation
         if best is None or _is_better(evaluation, best):
             best, num_without_gain = evaluation, 0
@@ -44,29 +51,12 @@ def decide(options: TrainingOptions, evaluations: Sequence[Evaluation]) -> Decis
                 f"Training ends after step {evaluation.step}: the validation loss was not better than "
                 f"{best.valid_loss:.4f}, that of step {best.step}, in {num_without_gain} evaluations."
             )
-            return Decision(_result(options, best, last), reason)
-    return Decision(_result(options, best, last))
-
-
-def _result(options: TrainingOptions, best: Evaluation | None, last: Evaluation | None) -> int | None:
+            break
     chosen = best if options.keep_best else last
-    return None if chosen is None else chosen.step
+    return Decision(None if chosen is None else chosen.step, reason, forgot_too_much)
 
 
 def _is_better(evaluation: Evaluation, best: Evaluation) -> bool:
     if evaluation.valid_loss is None or best.valid_loss is None:
         return False
     return evaluation.valid_loss < best.valid_loss
-
-
-def _forgot_too_much(options: TrainingOptions, evaluation: Evaluation) -> bool:
-    limit, forgetting = options.max_forgetting, evaluation.forgetting
-    return limit is not None and forgetting is not None and forgetting > limit
-
-
-def _forgetting_reason(options: TrainingOptions, evaluation: Evaluation) -> str:
-    return (
-        f"Training ends after step {evaluation.step}: the loss on general text has risen by "
-        f"{evaluation.forgetting:.4f} nats per token, above training.max_forgetting "
-        f"({options.max_forgetting:g})."
-    )

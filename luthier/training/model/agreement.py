@@ -22,13 +22,9 @@ _LARGEST_RATIO = 2.0
 # Beyond it the reference path's own results are mostly rounding, and too little follows from them.
 _LARGEST_GAP = 0.25
 
-_LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Types that `ComputesInFloat32` makes more exact.
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 _GATHERS = (functional.embedding, torch.embedding)
-
-
-def is_low_precision(results: torch.Tensor) -> bool:
-    """Whether results are of a type that `ComputesInFloat32` makes more exact."""
-    return results.dtype in _LOW_PRECISION
 
 
 def agrees(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -91,5 +87,5 @@ class ComputesInFloat32(TorchFunctionMode):
 
 def _widened(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.float() if value.dtype in _LOW_PRECISION else value
-    return torch.float32 if value in _LOW_PRECISION else value
+        return value.float() if value.dtype in LOW_PRECISION else value
+    return torch.float32 if value in LOW_PRECISION else value

@@ -21,7 +21,7 @@ from luthier.modeling.training_protocols import (
     TrainingAccelerator,
     TrainingModel,
 )
-from luthier.training.model.agreement import ComputesInFloat32, agrees, is_as_exact, is_low_precision
+from luthier.training.model.agreement import LOW_PRECISION, ComputesInFloat32, agrees, is_as_exact
 
 _ENTRY_POINTS = "luthier.training"
 # What configurations call a cap or a factor on logits: Gemma 2 and 3, Cohere, Granite.
@@ -215,7 +215,7 @@ class JobModel:
         found_NV, expected_NV = accelerated.logits(batch), self.reference.logits(batch)
         if agrees(found_NV, expected_NV):
             return True
-        if not is_low_precision(expected_NV):
+        if expected_NV.dtype not in LOW_PRECISION:
             return False
         with ComputesInFloat32():
             exact_NV = self.reference.logits(batch)
