@@ -49,11 +49,9 @@ class PairSums:
         margins_P = found.margins_P
         sums = torch.stack([found.loss_sum.detach(), (margins_P.sign() + 1).sum() / 2, margins_P.sum()])
         loss, num_right, margin = sums.tolist()
-        self.loss, self.num_right, self.margin = (
-            self.loss + loss,
-            self.num_right + num_right,
-            self.margin + margin,
-        )
+        self.loss += loss
+        self.num_right += num_right
+        self.margin += margin
         return float(loss)
 
 

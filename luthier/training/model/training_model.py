@@ -115,11 +115,11 @@ class JobModel:
         self.sample = sample.to(device)
         self.named_parameters = attached.named_trained_parameters()
         self.parameters = [parameter for _, parameter in self.named_parameters]
-        with self.evaluation_mode():
+        with self.evaluation_mode(), torch.no_grad():
             self.reference = ReferenceModel(method, attached, self.sample)
             self.accelerated = self._find_accelerated()
             # Training a whole model overwrites the base, so its logits are computed before.
-            self.start_logits_BTV = self._start_logits() if method.is_whole_model else None
+            self.start_logits_BTV = self.logits(self.sample) if method.is_whole_model else None
         # Logits of the sample before the first step, of a job that continues another model.
         self.parent_logits_BTV: torch.Tensor | None = None
 
@@ -221,11 +221,6 @@ class JobModel:
             exact_NV = self.reference.logits(batch)
         return is_as_exact(found_NV, expected_NV, exact_NV)
 
-    @torch.no_grad()
-    def _start_logits(self) -> torch.Tensor:
-        return self.logits(self.sample)
-
-    @torch.no_grad()
     def _find_accelerated(self) -> TrainingModel | None:
         for accelerator in find_accelerators():
             found = accelerator.accelerate(self.method, self.attached, self.sample)
