@@ -3,6 +3,22 @@
 import json
 from typing import Any
 
+from luthier.data.formats.base import Fault, Row, RowFormat
+from luthier.data.readers.detect_format import check_row
+
+
+def read_line(row_format: RowFormat, line: bytes) -> Row | None:
+    """Return the row of a line, or None when it breaks a rule."""
+    row = check_row(row_format, line, 1)
+    assert not (isinstance(row, list) and row_format.accepts_by_type(line)), row
+    return None if isinstance(row, list) else row_format.make_row(row)
+
+
+def explain_line(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
+    """Return the faults of a line."""
+    row = check_row(row_format, line, number)
+    return row if isinstance(row, list) else []
+
 
 def chat_row(user: str, assistant: str, **extra: Any) -> dict[str, Any]:
     """Return one chat row; `extra` goes into the assistant's message."""

@@ -1,6 +1,5 @@
 """The command `luthier`: its commands and entry point. Heavy imports are inside the commands."""
 
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,6 @@ from luthier.core.errors import InvalidFileFormatError, InvalidValueError, Luthi
 if TYPE_CHECKING:
     from luthier.client import LuthierClient
 
-_CHUNK_BYTES = 1024 * 1024
 _DAY_SECONDS = 86400
 _GROUPS = ("project_id", "api_key_id", "model")
 _COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_tokens")
@@ -133,17 +131,14 @@ def check(file: Annotated[Path, typer.Argument(help="Training file, one JSON obj
     """Check a training file's format on this machine, before any upload."""
     from luthier.cli.settings import read_settings
     from luthier.core.specs import MIN_TRAINING_ROWS
-    from luthier.data.readers.file_checker import MAX_FAULTS, FileChecker
+    from luthier.data.readers.file_checker import MAX_FAULTS, check_rows
+    from luthier.data.readers.file_rows import read_chunks
     from luthier.data.readers.upload_check import row_limits
+    from luthier.storage.manifests import file_sha256
 
-    checker = FileChecker(row_limits(read_settings()))
-    sha256 = hashlib.sha256()
     try:
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                sha256.update(chunk)
-                checker.feed(chunk)
-        facts = checker.finish(file)
+        sha256 = file_sha256(file)
+        facts = check_rows(read_chunks(file), row_limits(read_settings()), file)
     except OSError as error:
         raise InvalidValueError(f"{file} can't be read: {error.strerror}.") from error
     except InvalidFileFormatError as error:
@@ -156,7 +151,7 @@ def check(file: Annotated[Path, typer.Argument(help="Training file, one JSON obj
         ) from error
     print(
         f"{file}: {facts.num_rows} rows of the format {facts.format} in {facts.container}, "
-        f"{facts.num_bytes} bytes, sha256 {sha256.hexdigest()}"
+        f"{facts.num_bytes} bytes, sha256 {sha256}"
     )
     if facts.num_rows < MIN_TRAINING_ROWS:
         print(

@@ -15,6 +15,7 @@ from luthier.data.formats import discover
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.loss_mask import render_row
 from luthier.data.rendering.tokenizer import Tokenizer
+from tests.rows import read_line
 from tests.tiny import build_tiny_base
 
 SYSTEM = {"role": "system", "content": "You are terse."}
@@ -124,7 +125,7 @@ def test_tools_and_calls_render_as_transformers_renders_them(tmp_path, with_tool
     if num_messages == 4:
         # A row ends with the assistant's turn.
         row["messages"] = [*row["messages"], {"role": "assistant", "content": ""}]
-    read = discover()["chat"].read(json.dumps(row).encode())
+    read = read_line(discover()["chat"], json.dumps(row).encode())
     theirs = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
     expected = theirs.apply_chat_template(
         as_transformers_documents(row["messages"]), tools=row.get("tools"), tokenize=False
@@ -143,11 +144,11 @@ def test_tools_and_calls_render_as_transformers_renders_them(tmp_path, with_tool
 
 def test_a_template_without_a_place_for_tools_refuses_them(tmp_path):
     template = ChatTemplate.load(build_tiny_base(tmp_path / "base"))
-    read = discover()["chat"].read(json.dumps(TOOL_ROW).encode())
+    read = read_line(discover()["chat"], json.dumps(TOOL_ROW).encode())
     with pytest.raises(InvalidValueError, match="no place for tools"):
         render_row(template, read)
     without = {"messages": TOOL_ROW["messages"]}
-    read = discover()["chat"].read(json.dumps(without).encode())
+    read = read_line(discover()["chat"], json.dumps(without).encode())
     with pytest.raises(InvalidValueError, match="no place for tool_calls") as caught:
         render_row(template, read)
     assert caught.value.param == "messages[2].tool_calls"

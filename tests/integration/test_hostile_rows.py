@@ -12,7 +12,8 @@ import httpx2
 import pytest
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.readers.file_checker import FileChecker
+from luthier.data.readers.base import Limits
+from luthier.data.readers.file_checker import check_rows
 from tests.conftest import Api
 
 LINE_BYTES = 8 * 1024 * 1024 - 1024
@@ -89,12 +90,10 @@ def test_a_hostile_line_is_refused_in_seconds(shape: str, api: Api) -> None:
 @pytest.mark.parametrize("shape", ["messages that are none", "a key twice among the last keys", "tools"])
 def test_a_line_of_millions_of_values_is_refused_before_they_are_made(shape: str) -> None:
     line = SHAPES[shape]()
-    checker = FileChecker()
     tracemalloc.start()
     try:
         with pytest.raises(InvalidFileFormatError, match="more than 250000 JSON values"):
-            checker.feed(line)
-            checker.finish()
+            check_rows([line], Limits())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

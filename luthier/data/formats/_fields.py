@@ -4,10 +4,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
-from luthier.data.formats._json_line import parse_line
-from luthier.data.formats.base import Broken, Fault, Row, RowFormat, Turn, escape_text
+from luthier.data.formats.base import Broken, Row, RowFormat, Turn, check_keys
 
 
 class FieldsFormat(RowFormat):
@@ -34,49 +31,19 @@ class FieldsFormat(RowFormat):
         self.keys = frozenset([*required, *optional])
         self._required, self._optional, self._learnt = tuple(required), tuple(optional), learnt
         self._whole_numbers = frozenset(whole_numbers)
-        members: list[Any] = [(key, int | str if key in self._whole_numbers else str) for key in required]
-        members += [(key, str | None, None) for key in optional]
-        struct = msgspec.defstruct(f"{name}_row", members, forbid_unknown_fields=True)
-        self._decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(struct)
-        self._spelled = [f'"{key}"'.encode() for key in self.keys]
 
     @abstractmethod
-    def make_row(self, fields: dict[str, str]) -> Row:
+    def row_of(self, texts: dict[str, str]) -> Row:
         """Return the row of checked texts; an optional one that is absent is empty."""
 
-    def accepts(self, line: bytes) -> bool:
-        """Whether a line breaks no rule."""
-        return self._read_fields(line) is not None
-
-    def read(self, line: bytes) -> Row | None:
-        """Return the row of a line, or None when it breaks a rule."""
-        fields = self._read_fields(line)
-        return None if fields is None else self.make_row(fields)
-
-    def _read_fields(self, line: bytes) -> dict[str, str] | None:
-        try:
-            row = self._decoder.decode(line)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            return None
-        # The decoder keeps the last of two equal keys; a key that is spelled twice is looked at slowly.
-        if any(line.count(key) > 1 for key in self._spelled) and isinstance(parse_line(line, 1), Fault):
-            return None
-        fields = {key: getattr(row, key) for key in self.keys}
-        texts = {key: "" if value is None else str(value) for key, value in fields.items()}
-        return texts if texts[self._learnt] else None
+    def make_row(self, row: dict[str, Any]) -> Row:
+        """Return a row that breaks no rule."""
+        return self.row_of({key: "" if row.get(key) is None else str(row[key]) for key in self.keys})
 
     def check(self, row: dict[str, Any]) -> list[Broken]:
         """Return the rules that a row breaks."""
-        known = ", ".join([*self._required, *self._optional])
-        broken: list[Broken] = [
-            (
-                escape_text(key),
-                "row.unknown_key",
-                f"Unknown key; a row of the format {self.name} has {known}.",
-            )
-            for key in row
-            if key not in self.keys
-        ]
+        advice = f"a row of the format {self.name} has {', '.join([*self._required, *self._optional])}."
+        broken = check_keys(row, self.keys, "", "row.unknown_key", advice)
         for key in (*self._required, *self._optional):
             value = row.get(key)
             is_whole = key in self._whole_numbers and isinstance(value, int) and not isinstance(value, bool)

@@ -1,10 +1,10 @@
-"""A line to a JSON value with everything refused that JSON leaves open; the slow path that finds faults."""
+"""A line to a JSON value with everything refused that JSON leaves open."""
 
 import json
 import re
 from typing import Any, NoReturn
 
-from luthier.data.formats.base import Fault, RowFormat, escape_text
+from luthier.data.formats.base import Fault, escape_text
 from luthier.data.json_values import MAX_VALUES, max_num_values
 
 _MAX_KEYS = 10_000
@@ -92,16 +92,3 @@ def parse_line(line: bytes, number: int) -> dict[str, Any] | Fault:
         return value
     message = 'Each line must be a JSON object such as {"messages": [...]}.'
     return Fault(number, None, None, "row.type", message)
-
-
-class CheckedFormat(RowFormat):
-    """A format whose rows are parsed and checked rule by rule."""
-
-    def accepts(self, line: bytes) -> bool:
-        """Whether a line breaks no rule."""
-        return self.parse(line) is not None
-
-    def parse(self, line: bytes) -> dict[str, Any] | None:
-        """Return the object of a line that breaks no rule."""
-        row = parse_line(line, 1)
-        return None if isinstance(row, Fault) or self.check(row) else row

@@ -1,10 +1,10 @@
-"""OpenAI's messages: every rule of one message, and the rules between them. The slow and exact reader."""
+"""OpenAI's messages: every rule of one message, and the rules between them."""
 
 import itertools
 from typing import Any
 
 from luthier.data.formats._tools import MAX_BROKEN, check_called, check_calls, to_call
-from luthier.data.formats.base import Broken, Turn, describe_choice, escape_text
+from luthier.data.formats.base import Broken, Turn, check_type, describe_choice, escape_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Which role's messages may have a key; every message has role and content, and may have a name.
@@ -29,17 +29,8 @@ _UNSUPPORTED_PARTS = {
 }
 
 
-def check_messages(messages: list[Any], path: str, *, is_parallel_allowed: bool = True) -> list[Broken]:
-    """Check the messages of the list at `path` one by one and, when each is sound, between each other.
-
-    `is_parallel_allowed`: one message may call two tools.
-    """
-    broken = check_each(messages, path, is_parallel_allowed=is_parallel_allowed)
-    return broken or check_answers(messages, path)
-
-
 def check_each(messages: list[Any], path: str, *, is_parallel_allowed: bool) -> list[Broken]:
-    """Check messages one by one."""
+    """Check messages one by one; `is_parallel_allowed`: one message may call two tools."""
     broken: list[Broken] = []
     for place, message in enumerate(messages):
         if len(broken) >= MAX_BROKEN:
@@ -65,20 +56,14 @@ def _check_message(message: Any, path: str) -> list[Broken]:
         elif key not in _PLAIN_KEYS and key not in _OWNERS:
             advice = f"Unknown key; a message has {', '.join([*_PLAIN_KEYS, *_OWNERS])}."
             broken.append((f"{path}.{escape_text(key)}", "message.unknown_key", advice))
-    role_broken = _check_role(message, path)
-    broken += role_broken
+    role = message.get("role")
+    is_role = isinstance(role, str) and role in ROLES
+    if not is_role:
+        broken.append((f"{path}.role", "message.role", describe_choice(message, "role", ROLES)))
     if not (broken and "content" not in message):
         broken += _check_content(message, path)
-    if message.get("name") is not None and not isinstance(message["name"], str):
-        broken.append((f"{path}.name", "message.name", '"name" must be a string.'))
-    return broken + ([] if role_broken else _check_owned(message, path))
-
-
-def _check_role(message: dict[str, Any], path: str) -> list[Broken]:
-    role = message.get("role")
-    if isinstance(role, str) and role in ROLES:
-        return []
-    return [(f"{path}.role", "message.role", describe_choice(message, "role", ROLES))]
+    broken += check_type(message, "name", str, f"{path}.", "message.name", "a string")
+    return broken + (_check_owned(message, path) if is_role else [])
 
 
 def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
@@ -94,8 +79,9 @@ def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
             broken.append((f"{path}.{key}", rule, f'Only {owner} messages have "{key}"; remove it.'))
     if broken:
         return broken
-    if "weight" in message:
-        broken += _check_weight(message["weight"], path)
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
+        broken.append((f"{path}.weight", "message.weight", "The weight must be the integer 0 or 1."))
     if message.get("tool_calls") is not None:
         broken += check_calls(message["tool_calls"], f"{path}.tool_calls")
     if message.get("function_call") is not None:
@@ -103,10 +89,9 @@ def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
     if message.get("tool_calls") is not None and message.get("function_call") is not None:
         advice = '"function_call" is the older spelling of "tool_calls": a message has one of them.'
         broken.append((f"{path}.function_call", "tool_calls.twice", advice))
-    reasoning = message.get("reasoning_content")
-    if reasoning is not None and not isinstance(reasoning, str):
-        advice = '"reasoning_content" must be a string.'
-        broken.append((f"{path}.reasoning_content", "message.reasoning_content", advice))
+    broken += check_type(
+        message, "reasoning_content", str, f"{path}.", "message.reasoning_content", "a string"
+    )
     id_ = message.get("tool_call_id")
     if role == "tool" and (not isinstance(id_, str) or not id_):
         advice = "A tool's message names the id of the call that it answers, a string."
@@ -114,12 +99,6 @@ def _check_owned(message: dict[str, Any], path: str) -> list[Broken]:
     if role == "function" and not isinstance(message.get("name"), str):
         broken.append((f"{path}.name", "message.name", "A function's message must have the function's name."))
     return broken
-
-
-def _check_weight(weight: Any, path: str) -> list[Broken]:
-    if isinstance(weight, bool) or not isinstance(weight, int) or weight not in (0, 1):
-        return [(f"{path}.weight", "message.weight", "The weight must be the integer 0 or 1.")]
-    return []
 
 
 def _check_content(message: dict[str, Any], path: str) -> list[Broken]:
@@ -187,13 +166,6 @@ def check_answers(messages: list[dict[str, Any]], path: str) -> list[Broken]:
     return broken
 
 
-def content_text(content: str | list[dict[str, str]] | None) -> str | None:
-    """Return a checked content as one text."""
-    if content is None or isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content)
-
-
 def to_turns(messages: list[dict[str, Any]], *, is_trained: bool = True) -> list[Turn]:
     """Return checked messages as turns.
 
@@ -205,7 +177,7 @@ def to_turns(messages: list[dict[str, Any]], *, is_trained: bool = True) -> list
     turns: list[Turn] = []
     call_id = ""
     for place, message in enumerate(messages):
-        role = message["role"]
+        role, content = message["role"], message.get("content")
         calls = tuple(to_call(call["id"], call["function"]) for call in message.get("tool_calls") or ())
         if message.get("function_call") is not None:
             call_id = f"call_{place}"
@@ -213,7 +185,7 @@ def to_turns(messages: list[dict[str, Any]], *, is_trained: bool = True) -> list
         turns.append(
             Turn(
                 role="tool" if role == "function" else role,
-                content=content_text(message.get("content")),
+                content="".join(part["text"] for part in content) if isinstance(content, list) else content,
                 name=message.get("name"),
                 is_trained=is_trained and role == "assistant" and message.get("weight") != 0,
                 tool_calls=calls,

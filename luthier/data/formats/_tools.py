@@ -4,14 +4,18 @@ import json
 import re
 from typing import Any, NoReturn
 
-from luthier.data.formats.base import Broken, ToolCall, escape_text
+from luthier.data.formats.base import Broken, ToolCall, check_keys, check_type
 
 MAX_TOOLS = 128
 # A row with this many broken rules is checked no further.
 MAX_BROKEN = 20
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _NAME_RULE = "it has letters, digits, _ and -, at most 64 of them."
-_FUNCTION_KEYS = frozenset({"name", "description", "parameters", "strict"})
+_OPTIONAL: dict[str, tuple[type, str]] = {
+    "description": (str, "a string"),
+    "parameters": (dict, "an object, a JSON schema"),
+    "strict": (bool, "true or false"),
+}
 
 
 def check_definitions(row: dict[str, Any], prefix: str = "") -> list[Broken]:
@@ -49,35 +53,19 @@ def check_definitions(row: dict[str, Any], prefix: str = "") -> list[Broken]:
 def _check_tool(tool: Any, path: str) -> list[Broken]:
     if not isinstance(tool, dict) or tool.get("type") != "function":
         return [(path, "tool.type", 'A tool must be {"type": "function", "function": {...}}.')]
-    broken = [
-        (f"{path}.{escape_text(key)}", "tool.unknown_key", "Unknown key; a tool has type and function.")
-        for key in tool
-        if key not in ("type", "function")
-    ]
+    advice = "a tool has type and function."
+    broken = check_keys(tool, ("type", "function"), f"{path}.", "tool.unknown_key", advice)
     return broken + _check_function(tool.get("function"), f"{path}.function")
 
 
 def _check_function(function: Any, path: str) -> list[Broken]:
     if not isinstance(function, dict):
         return [(path, "tool.function", "A function must be an object with a name and parameters.")]
-    broken = [
-        (
-            f"{path}.{escape_text(key)}",
-            "tool.unknown_key",
-            "Unknown key; a function has name, description, parameters and strict.",
-        )
-        for key in function
-        if key not in _FUNCTION_KEYS
-    ]
+    advice = "a function has name, description, parameters and strict."
+    broken = check_keys(function, ("name", *_OPTIONAL), f"{path}.", "tool.unknown_key", advice)
     broken += check_name(function.get("name"), f"{path}.name")
-    description, parameters = function.get("description"), function.get("parameters")
-    if description is not None and not isinstance(description, str):
-        broken.append((f"{path}.description", "tool.description", '"description" must be a string.'))
-    if parameters is not None and not isinstance(parameters, dict):
-        message = '"parameters" must be an object, a JSON schema.'
-        broken.append((f"{path}.parameters", "tool.parameters", message))
-    if function.get("strict") is not None and not isinstance(function["strict"], bool):
-        broken.append((f"{path}.strict", "tool.strict", '"strict" must be true or false.'))
+    for key, (kind, what) in _OPTIONAL.items():
+        broken += check_type(function, key, kind, f"{path}.", f"tool.{key}", what)
     return broken
 
 
@@ -124,11 +112,8 @@ def check_calls(calls: Any, path: str) -> list[Broken]:
 def _check_call(call: Any, path: str) -> list[Broken]:
     if not isinstance(call, dict):
         return [(path, "tool_call.type", "A tool call must be an object with id, type and function.")]
-    broken = [
-        (f"{path}.{escape_text(key)}", "tool_call.unknown_key", "Unknown key; a call has id, type, function.")
-        for key in call
-        if key not in ("id", "type", "function")
-    ]
+    advice = "a call has id, type, function."
+    broken = check_keys(call, ("id", "type", "function"), f"{path}.", "tool_call.unknown_key", advice)
     if not isinstance(call.get("id"), str) or not call["id"]:
         message = '"id" must be a string that is not empty; the tool\'s message names it.'
         broken.append((f"{path}.id", "tool_call.id", message))
@@ -141,11 +126,8 @@ def check_called(function: Any, path: str) -> list[Broken]:
     """Check what is called: a name and arguments, also the older `function_call`."""
     if not isinstance(function, dict):
         return [(path, "tool_call.function", "A call must name its function: an object, name and arguments.")]
-    broken = [
-        (f"{path}.{escape_text(key)}", "tool_call.unknown_key", "Unknown key; it has name and arguments.")
-        for key in function
-        if key not in ("name", "arguments")
-    ]
+    advice = "it has name and arguments."
+    broken = check_keys(function, ("name", "arguments"), f"{path}.", "tool_call.unknown_key", advice)
     broken += check_name(function.get("name"), f"{path}.name")
     return broken + check_arguments(function.get("arguments"), f"{path}.arguments")
 

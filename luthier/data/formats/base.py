@@ -4,7 +4,7 @@ A fault names its line, its place and its rule; it never quotes more than 40 esc
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,27 +118,37 @@ class RowFormat(ABC):
     json_keys: frozenset[str] = frozenset()
 
     @abstractmethod
-    def accepts(self, line: bytes) -> bool:
-        """Whether a line breaks no rule; fast."""
-
-    @abstractmethod
-    def read(self, line: bytes) -> Row | None:
-        """Return the row of a line, or None when it breaks a rule; fast."""
-
-    @abstractmethod
     def check(self, row: dict[str, Any]) -> list[Broken]:
-        """Return the rules that a row breaks, exactly; the row is as `parse_line` returns it."""
+        """Return the rules that a row breaks; the row is as `parse_line` returns it."""
 
-    def explain(self, row: dict[str, Any], number: int) -> list[Fault]:
-        """Return the faults of a row on line `number` that `read` refused."""
-        faults = [Fault(number, None, *broken) for broken in self.check(row)]
-        advice = f"The line can't be read as a row of the format {self.name}."
-        return faults or [Fault(number, None, None, "row.unreadable", advice)]
+    @abstractmethod
+    def make_row(self, row: dict[str, Any]) -> Row:
+        """Return a row that breaks no rule."""
+
+    def accepts_by_type(self, line: bytes) -> bool:  # noqa: ARG002
+        """Whether the types of a line's values show that it breaks no rule; if not, `check` decides."""
+        return False
 
 
 def escape_text(text: str) -> str:
     """Return the beginning of a user's text, escaped, in at most 40 characters."""
     return text[:_MAX_QUOTED_CHARS].encode("unicode_escape").decode()[:_MAX_QUOTED_CHARS]
+
+
+def check_keys(
+    fields: Iterable[str], known: Collection[str], at: str, rule: str, advice: str
+) -> list[Broken]:
+    """Return a broken rule for each unknown key of an object whose fields begin with `at`."""
+    return [(at + escape_text(key), rule, f"Unknown key; {advice}") for key in fields if key not in known]
+
+
+def check_type(
+    fields: Mapping[str, Any], key: str, kind: type, at: str, rule: str, what: str
+) -> list[Broken]:
+    """Return a broken rule when a field, which may be absent or null, is of another type."""
+    if fields.get(key) is None or isinstance(fields[key], kind):
+        return []
+    return [(at + key, rule, f'"{key}" must be {what}.')]
 
 
 def describe_choice(fields: Mapping[str, Any], key: str, choices: Iterable[str]) -> str:

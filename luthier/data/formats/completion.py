@@ -11,9 +11,9 @@ from luthier.data.formats.base import Row
 class CompletionFormat(FieldsFormat):
     """Rows of `prompt` and `completion`."""
 
-    def make_row(self, fields: dict[str, str]) -> Row:
+    def row_of(self, texts: dict[str, str]) -> Row:
         """Return the row."""
-        return asked_and_answered(fields["prompt"], fields["completion"], is_plain=True)
+        return asked_and_answered(texts["prompt"], texts["completion"], is_plain=True)
 
 
 FORMAT = CompletionFormat("completion", required=("prompt", "completion"), learnt="completion")

@@ -11,10 +11,10 @@ from luthier.data.formats.base import Row
 class InstructionFormat(FieldsFormat):
     """Rows of `instruction`, perhaps `input`, and `output`."""
 
-    def make_row(self, fields: dict[str, str]) -> Row:
+    def row_of(self, texts: dict[str, str]) -> Row:
         """Return the row."""
-        asked = "\n\n".join(text for text in (fields["instruction"], fields["input"]) if text)
-        return asked_and_answered(asked, fields["output"])
+        asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
+        return asked_and_answered(asked, texts["output"])
 
 
 FORMAT = InstructionFormat(

@@ -10,9 +10,9 @@ from luthier.data.formats.base import Row
 class LabelsFormat(FieldsFormat):
     """Rows of `text` and `label`."""
 
-    def make_row(self, fields: dict[str, str]) -> Row:
+    def row_of(self, texts: dict[str, str]) -> Row:
         """Return the row."""
-        return asked_and_answered(fields["text"], fields["label"])
+        return asked_and_answered(texts["text"], texts["label"])
 
 
 FORMAT = LabelsFormat("labels", required=("text", "label"), learnt="label", whole_numbers=("label",))

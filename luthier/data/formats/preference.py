@@ -7,17 +7,16 @@ Only the messages of the outputs are learnt, never those of the input. For jobs 
 
 from typing import Any
 
-from luthier.data.formats._json_line import CheckedFormat
 from luthier.data.formats._messages import check_answers, check_each, to_turns
 from luthier.data.formats._tools import MAX_BROKEN, check_definitions, to_definitions
-from luthier.data.formats.base import Broken, Row, escape_text
+from luthier.data.formats.base import Broken, Row, RowFormat, check_keys, check_type, escape_text
 
 _INPUT_KEYS = ("messages", "tools", "parallel_tool_calls")
 _OUTPUTS = ("preferred_output", "non_preferred_output")
 _ALIASES = {"preferred_completion": "preferred_output", "non_preferred_completion": "non_preferred_output"}
 
 
-class PreferenceFormat(CheckedFormat):
+class PreferenceFormat(RowFormat):
     """Rows of an input and two outputs."""
 
     name = "preference"
@@ -25,12 +24,9 @@ class PreferenceFormat(CheckedFormat):
     keys = frozenset({"input", *_OUTPUTS, *_ALIASES})
     json_keys = keys
 
-    def read(self, line: bytes) -> Row | None:
-        """Return the row of a line, or None when it breaks a rule."""
-        found = self.parse(line)
-        if found is None:
-            return None
-        row = _with_newer_names(found)
+    def make_row(self, row: dict[str, Any]) -> Row:
+        """Return a row that breaks no rule."""
+        row = _with_newer_names(row)
         prompt = to_turns(row["input"]["messages"], is_trained=False)
         preferred, rejected = (to_turns(row[output]) for output in _OUTPUTS)
         return Row([*prompt, *preferred], to_definitions(row["input"]), [*prompt, *rejected])
@@ -68,29 +64,20 @@ def _check_input(given: Any) -> tuple[list[Any] | None, bool, list[Broken]]:
     if not isinstance(given, dict):
         advice = '"input" must be an object with messages, perhaps tools and parallel_tool_calls.'
         return None, True, [("input", "input.type", advice)]
-    broken: list[Broken] = [
-        (
-            f"input.{escape_text(key)}",
-            "input.unknown_key",
-            f"Unknown key; an input has {', '.join(_INPUT_KEYS)}.",
-        )
-        for key in given
-        if key not in _INPUT_KEYS
-    ]
+    advice = f"an input has {', '.join(_INPUT_KEYS)}."
+    broken = check_keys(given, _INPUT_KEYS, "input.", "input.unknown_key", advice)
     broken += check_definitions(given, "input.")
-    parallel = given.get("parallel_tool_calls")
-    if parallel is not None and not isinstance(parallel, bool):
-        advice = '"parallel_tool_calls" must be true or false.'
-        broken.append(("input.parallel_tool_calls", "row.parallel_tool_calls", advice))
-    messages = given.get("messages")
+    key = "parallel_tool_calls"
+    broken += check_type(given, key, bool, "input.", f"row.{key}", "true or false")
+    messages, is_parallel_allowed = given.get("messages"), given.get(key) is not False
     if not isinstance(messages, list) or not messages:
         advice = '"messages" must be a list with at least one message.'
-        return None, parallel is not False, [*broken, ("input.messages", "messages.type", advice)]
-    found = check_each(messages, "input.messages", is_parallel_allowed=parallel is not False)
+        return None, is_parallel_allowed, [*broken, ("input.messages", "messages.type", advice)]
+    found = check_each(messages, "input.messages", is_parallel_allowed=is_parallel_allowed)
     if not found and messages[-1]["role"] == "assistant":
         advice = "The input ends with what is answered: its last message can't be the assistant's."
         found = [(f"input.messages[{len(messages) - 1}].role", "messages.last", advice)]
-    return messages, parallel is not False, broken + found
+    return messages, is_parallel_allowed, broken + found
 
 
 def _check_output(given: Any, path: str, *, is_parallel_allowed: bool) -> list[Broken]:

@@ -10,9 +10,17 @@ import itertools
 import json
 from typing import Any
 
-from luthier.data.formats._json_line import CheckedFormat
 from luthier.data.formats._tools import MAX_BROKEN, check_definitions, check_name
-from luthier.data.formats.base import Broken, Row, ToolCall, Turn, describe_choice, escape_text
+from luthier.data.formats.base import (
+    Broken,
+    Row,
+    RowFormat,
+    ToolCall,
+    Turn,
+    check_keys,
+    check_type,
+    describe_choice,
+)
 
 _ROLES = {
     "system": "system",
@@ -31,7 +39,7 @@ _ROLES = {
 _KEYS = ("conversations", "id", "system", "tools")
 
 
-class ShareGptFormat(CheckedFormat):
+class ShareGptFormat(RowFormat):
     """Rows of `conversations` whose last turn is the assistant's."""
 
     name = "sharegpt"
@@ -39,20 +47,10 @@ class ShareGptFormat(CheckedFormat):
     keys = frozenset(_KEYS)
     json_keys = frozenset({"conversations", "tools"})
 
-    def read(self, line: bytes) -> Row | None:
-        """Return the row of a line, or None when it breaks a rule."""
-        row = self.parse(line)
-        return None if row is None else _make_row(row)
-
     def check(self, row: dict[str, Any]) -> list[Broken]:
         """Return the rules that a row breaks."""
-        broken: list[Broken] = [
-            (escape_text(key), "row.unknown_key", f"Unknown key; a ShareGPT row has {', '.join(_KEYS)}.")
-            for key in row
-            if key not in _KEYS
-        ]
-        if row.get("system") is not None and not isinstance(row["system"], str):
-            broken.append(("system", "field.type", '"system" must be a string.'))
+        broken = check_keys(row, _KEYS, "", "row.unknown_key", f"a ShareGPT row has {', '.join(_KEYS)}.")
+        broken += check_type(row, "system", str, "", "field.type", "a string")
         tools = _parse_tools(row.get("tools"))
         if tools == "":
             broken.append(("tools", "tools.type", 'The text of "tools" is no JSON list.'))
@@ -70,15 +68,34 @@ class ShareGptFormat(CheckedFormat):
             return broken
         return _check_order(row, [_ROLES[turn["from"]] for turn in turns])
 
+    def make_row(self, row: dict[str, Any]) -> Row:
+        """Return a row that breaks no rule."""
+        turns: list[Turn] = []
+        if row.get("system"):
+            turns.append(Turn("system", row["system"], None, False))
+        open_ids: list[str] = []
+        for place, given in enumerate(row["conversations"]):
+            role, text = _ROLES[given["from"]], given["value"]
+            if role == "call":
+                calls = tuple(
+                    ToolCall(f"call_{place}_{number}", call["name"], call["arguments"])
+                    for number, call in enumerate(_parse_calls(text) or ())
+                )
+                open_ids = [call.id for call in calls]
+                turns.append(Turn("assistant", None, None, True, tool_calls=calls))
+            elif role == "tool":
+                call_id = open_ids.pop(0) if open_ids else None
+                turns.append(Turn("tool", text, None, False, tool_call_id=call_id))
+            else:
+                turns.append(Turn(role, text, None, role == "assistant"))
+        return Row(turns, _parse_tools(row.get("tools")) or None)
+
 
 def _check_turn(turn: Any, path: str) -> list[Broken]:
     if not isinstance(turn, dict):
         return [(path, "message.type", "A turn must be an object with from and value.")]
-    broken: list[Broken] = [
-        (f"{path}.{escape_text(key)}", "message.unknown_key", "Unknown key; a turn has from and value.")
-        for key in turn
-        if key not in ("from", "value")
-    ]
+    advice = "a turn has from and value."
+    broken = check_keys(turn, ("from", "value"), f"{path}.", "message.unknown_key", advice)
     speaker = turn.get("from")
     if not isinstance(speaker, str) or speaker not in _ROLES:
         return [*broken, (f"{path}.from", "message.role", describe_choice(turn, "from", _ROLES))]
@@ -148,28 +165,6 @@ def _parse_tools(tools: Any) -> Any:
         {"type": "function", "function": tool} if isinstance(tool, dict) and "function" not in tool else tool
         for tool in tools
     ]
-
-
-def _make_row(row: dict[str, Any]) -> Row:
-    turns: list[Turn] = []
-    if row.get("system"):
-        turns.append(Turn("system", row["system"], None, False))
-    open_ids: list[str] = []
-    for place, given in enumerate(row["conversations"]):
-        role, text = _ROLES[given["from"]], given["value"]
-        if role == "call":
-            calls = tuple(
-                ToolCall(f"call_{place}_{number}", call["name"], call["arguments"])
-                for number, call in enumerate(_parse_calls(text) or ())
-            )
-            open_ids = [call.id for call in calls]
-            turns.append(Turn("assistant", None, None, True, tool_calls=calls))
-        elif role == "tool":
-            call_id = open_ids.pop(0) if open_ids else None
-            turns.append(Turn("tool", text, None, False, tool_call_id=call_id))
-        else:
-            turns.append(Turn(role, text, None, role == "assistant"))
-    return Row(turns, _parse_tools(row.get("tools")) or None)
 
 
 FORMAT = ShareGptFormat()

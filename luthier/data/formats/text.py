@@ -7,9 +7,9 @@ from luthier.data.formats.base import Row, Turn
 class TextFormat(FieldsFormat):
     """Rows of `text` alone."""
 
-    def make_row(self, fields: dict[str, str]) -> Row:
+    def row_of(self, texts: dict[str, str]) -> Row:
         """Return the row."""
-        return Row([Turn("assistant", fields["text"], None, True)], is_plain=True)
+        return Row([Turn("assistant", texts["text"], None, True)], is_plain=True)
 
 
 FORMAT = TextFormat("text", required=("text",), learnt="text")

@@ -39,7 +39,7 @@ def group_near(signatures: Signatures) -> _Numbers:
     for band in range(NUM_BANDS):
         order = np.argsort(keys[:, band], kind="stable")
         _join_neighbours(order, keys[order, band], parents, is_near)
-    return _roots(parents)[inverse.reshape(-1)]
+    return find_roots(parents)[inverse.reshape(-1)]
 
 
 def group_beside_template(signatures: Signatures) -> _Numbers:
@@ -68,8 +68,8 @@ def group_beside_template(signatures: Signatures) -> _Numbers:
     # Rows of the template alone are all equal.
     (bare,) = np.nonzero(~is_own.any(axis=1))
     for row in bare[1:].tolist():
-        _join(parents, int(bare[0]), row)
-    return _roots(parents)[inverse.reshape(-1)]
+        join(parents, int(bare[0]), row)
+    return find_roots(parents)[inverse.reshape(-1)]
 
 
 def _join_neighbours(
@@ -82,15 +82,16 @@ def _join_neighbours(
             return
         for chunk in np.array_split(places, len(places) // _CHUNK_PAIRS + 1):
             left, right = order[chunk], order[chunk + distance]
-            roots = _roots(parents)
+            roots = find_roots(parents)
             is_open = roots[left] != roots[right]
             left, right = left[is_open], right[is_open]
             found = is_near(left, right)
             for one, other in zip(left[found].tolist(), right[found].tolist(), strict=True):
-                _join(parents, one, other)
+                join(parents, one, other)
 
 
-def _join(parents: _Numbers, one: int, other: int) -> None:
+def join(parents: _Numbers, one: int, other: int) -> None:
+    """Make one group of two, whose root is the smaller one's."""
     first, second = sorted((_root(parents, one), _root(parents, other)))
     parents[second] = first
 
@@ -102,7 +103,7 @@ def _root(parents: _Numbers, place: int) -> int:
     return place
 
 
-def _roots(parents: _Numbers) -> _Numbers:
+def find_roots(parents: _Numbers) -> _Numbers:
     """Return the root of every row, and compress the paths to them."""
     while not np.array_equal(parents, above := parents[parents]):
         parents[:] = above

@@ -12,7 +12,7 @@ import numpy as np
 
 from luthier.core.errors import InvalidFileFormatError, InvalidValueError
 from luthier.core.specs import TooLong
-from luthier.data.formats.base import Fault, RowFormat
+from luthier.data.formats.base import Fault, Row
 from luthier.data.prepare.objectives import Purpose, learns_from, wrong_format_message
 from luthier.data.prepare.preparation import are_equal_when_cut
 from luthier.data.readers.file_rows import FileRows
@@ -29,7 +29,7 @@ _BATCH_BYTES = 1024 * 1024
 _PACKED = (b"\x1f\x8b", b"PAR1")
 
 
-@dataclass(frozen=True)
+@dataclass
 class RowCounts:
     """Tokens of the rows that would be trained on, as far as they were counted.
 
@@ -41,14 +41,14 @@ class RowCounts:
     """
 
     num_rows: int
-    num_read: int
-    num_examples: int
-    num_too_long: int
-    num_faulty: int
-    num_tokens: int
-    num_supervised: int
-    longest: int
     has_pairs: bool = False
+    num_read: int = 0
+    num_examples: int = 0
+    num_too_long: int = 0
+    num_faulty: int = 0
+    num_tokens: int = 0
+    num_supervised: int = 0
+    longest: int = 0
     is_first_rows: bool = False
 
     @property
@@ -96,25 +96,22 @@ def count_rows(
     rows = FileRows(path)
     is_sequential = not is_whole or _is_packed(path)
     chosen = _choose(num_rows, max_rows, is_sequential=is_sequential)
-    counting = _Counting(ChatTemplate.load(base_folder), Tokenizer.load(base_folder), max_length, too_long)
+    template, tokenizer = ChatTemplate.load(base_folder), Tokenizer.load(base_folder)
+    counts = RowCounts(num_rows, wants_pairs)
     max_bytes = SAMPLE_BYTES if is_sequential else None
     for batch in _batches(rows, chosen, max_bytes=max_bytes, deadline=deadline, is_whole=is_whole):
-        row_format = rows.format
-        if row_format is not None and not learns_from(row_format.name, wants_pairs=wants_pairs):
-            raise InvalidValueError(wrong_format_message(purpose, row_format.name), param=f"{purpose}_file")
-        counting.add(row_format, batch)
-    return RowCounts(
-        num_rows=num_rows,
-        num_read=counting.num_read,
-        num_examples=counting.num_kept_rows,
-        num_too_long=counting.num_too_long,
-        num_faulty=counting.num_faulty,
-        num_tokens=counting.num_tokens,
-        num_supervised=counting.num_supervised,
-        longest=counting.longest,
-        has_pairs=wants_pairs,
-        is_first_rows=counting.num_read < (num_rows if is_sequential else len(chosen)),
-    )
+        if rows.format is not None and not learns_from(rows.format.name, wants_pairs=wants_pairs):
+            raise InvalidValueError(wrong_format_message(purpose, rows.format.name), param=f"{purpose}_file")
+        sound = [row for row in batch if row is not None]
+        counts.num_read += len(batch)
+        counts.num_faulty += len(batch) - len(sound)
+        for texts in mask_rows(template, tokenizer, sound):
+            if isinstance(texts, Refusal):
+                counts.num_faulty += 1
+            else:
+                _count(counts, texts, max_length, too_long)
+    counts.is_first_rows = counts.num_read < (num_rows if is_sequential else len(chosen))
+    return counts
 
 
 def _is_packed(path: Path) -> bool:
@@ -131,19 +128,20 @@ def _choose(num_rows: int, max_rows: int, *, is_sequential: bool) -> Sequence[in
 
 def _batches(
     rows: FileRows, chosen: Sequence[int], *, max_bytes: int | None, deadline: float, is_whole: bool
-) -> Iterator[list[bytes]]:
-    """Yield the chosen rows in batches; an empty line for one with a fault. Reads the file once."""
-    batch: list[bytes] = []
+) -> Iterator[list[Row | None]]:
+    """Yield the chosen rows in batches; None for one with a fault. Reads the file once."""
+    batch: list[Row | None] = []
     num_bytes = num_all_bytes = 0
     places = iter(chosen)
     place = next(places, None)
     try:
         for index, raw in enumerate(rows.raw()):
-            content = b"" if isinstance(raw, Fault) else raw.content
-            num_all_bytes += len(content)
+            size = 0 if isinstance(raw, Fault) else len(raw.content)
+            num_all_bytes += size
             if index == place:
-                batch.append(content)
-                num_bytes += len(content)
+                [found, *_] = [raw] if isinstance(raw, Fault) else rows.read(raw)
+                batch.append(None if isinstance(found, Fault) else found[1])
+                num_bytes += size
                 place = next(places, None)
             if batch and (len(batch) == _BATCH_ROWS or num_bytes >= _BATCH_BYTES):
                 yield batch
@@ -159,47 +157,20 @@ def _batches(
         yield batch
 
 
-@dataclass
-class _Counting:
-    """Counts rows as prepare judges them; a preference as the two rows of tokens that it becomes."""
-
-    template: ChatTemplate
-    tokenizer: Tokenizer
-    max_length: int
-    too_long: TooLong
-    num_read: int = 0
-    num_kept_rows: int = 0
-    num_too_long: int = 0
-    num_faulty: int = 0
-    num_tokens: int = 0
-    num_supervised: int = 0
-    longest: int = 0
-
-    def add(self, row_format: RowFormat | None, lines: list[bytes]) -> None:
-        read = [] if row_format is None else [row_format.read(line) for line in lines]
-        rows = [row for row in read if row is not None]
-        self.num_read += len(lines)
-        self.num_faulty += len(lines) - len(rows)
-        for texts in mask_rows(self.template, self.tokenizer, rows):
-            if isinstance(texts, Refusal):
-                self.num_faulty += 1
-            else:
-                self._count(texts)
-
-    def _count(self, texts: Sequence[MaskedText]) -> None:
-        limit = self.max_length
-        is_too_long = max(len(one.encoding.ids) for one in texts) > limit
-        self.num_too_long += is_too_long
-        if is_too_long and self.too_long != "truncate":
-            return
-        # A row's first token is never predicted.
-        num_supervised = [int(one.mask[1:limit].sum()) for one in texts]
-        is_equal = self.too_long == "truncate" and are_equal_when_cut(texts, limit)
-        if is_equal or 0 in num_supervised:
-            self.num_faulty += 1
-            return
-        lengths = [min(len(one.encoding.ids), limit) for one in texts]
-        self.num_kept_rows += 1
-        self.num_tokens += sum(lengths)
-        self.num_supervised += sum(num_supervised)
-        self.longest = max(self.longest, *lengths)
+def _count(counts: RowCounts, texts: Sequence[MaskedText], limit: int, too_long: TooLong) -> None:
+    """Count a row as prepare judges it; a preference as the two rows of tokens that it becomes."""
+    is_too_long = max(len(one.encoding.ids) for one in texts) > limit
+    counts.num_too_long += is_too_long
+    if is_too_long and too_long != "truncate":
+        return
+    # A row's first token is never predicted.
+    num_supervised = [int(one.mask[1:limit].sum()) for one in texts]
+    is_equal = too_long == "truncate" and are_equal_when_cut(texts, limit)
+    if is_equal or 0 in num_supervised:
+        counts.num_faulty += 1
+        return
+    lengths = [min(len(one.encoding.ids), limit) for one in texts]
+    counts.num_examples += 1
+    counts.num_tokens += sum(lengths)
+    counts.num_supervised += sum(num_supervised)
+    counts.longest = max(counts.longest, *lengths)

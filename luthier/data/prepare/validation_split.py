@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.core.errors import InvalidTrainingFileError
-from luthier.data.prepare.grouping import group_beside_template, group_near
+from luthier.data.prepare.grouping import find_roots, group_beside_template, group_near, join
 from luthier.data.prepare.prepared_rows import PreparedRows
 
 # A group of at least this many rows that fits on no side of the split is taken to be of one template.
@@ -87,20 +87,13 @@ def _split_templates(
 def _list_groups(labels: npt.NDArray[np.int64], hashes: list[bytes]) -> list[list[int]]:
     """Return the rows' numbers in groups, by the smallest content hash of each group."""
     # Rows of different texts may be equal once they are cut: their groups are one.
-    parents: dict[int, int] = {}
-
-    def root(label: int) -> int:
-        while (parent := parents.get(label, label)) != label:
-            label = parent
-        return label
-
+    parents = np.arange(labels.max() + 1)
     first_label: dict[bytes, int] = {}
     for row_hash, label in zip(hashes, labels.tolist(), strict=True):
-        one, other = root(first_label.setdefault(row_hash, label)), root(label)
-        parents[max(one, other)] = min(one, other)
+        join(parents, first_label.setdefault(row_hash, label), label)
     members: dict[int, list[int]] = {}
-    for index, label in enumerate(labels.tolist()):
-        members.setdefault(root(label), []).append(index)
+    for index, root in enumerate(find_roots(parents)[labels].tolist()):
+        members.setdefault(root, []).append(index)
     return sorted(members.values(), key=lambda group: min(hashes[index] for index in group))
 
 

@@ -1,8 +1,8 @@
-"""The interface of a reader of rows: bytes in as they arrive, rows out, with the memory of one row."""
+"""What readers of rows have in common: chunks of bytes in, rows out, with the memory of one row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from luthier.data.formats.base import Fault
 
@@ -44,16 +44,17 @@ class RawRow(NamedTuple):
     is_numbered_by_row: bool = False
 
 
-class RowReader(Protocol):
-    """Bytes to rows. What breaks a container's own rules is yielded as a fault instead of a row."""
+def split_lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Yield the parts of lines in the order of the bytes, and whether a newline follows the part.
 
-    name: str
-
-    def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        """Yield the rows that end in the next bytes."""
-
-    def finish(self) -> Iterator[RawRow | Fault]:
-        """Yield the remaining rows; no more bytes follow."""
+    A line that spans chunks comes in several parts, so that none has to be kept whole.
+    """
+    for chunk in chunks:
+        *ended, last = chunk.split(b"\n")
+        for line in ended:
+            yield line, True
+        if last:
+            yield last, False
 
 
 def too_long(number: int, max_bytes: int, row: int | None = None) -> Fault:

@@ -13,10 +13,11 @@ from pathlib import Path
 import msgspec
 
 from luthier.core.errors import InvalidFileFormatError, UnavailableError
-from luthier.core.logs import origin
 from luthier.core.runtime import bare_environment
+from luthier.data.answers import Refusal, read_answer, write_answer
 from luthier.data.readers.base import Limits
-from luthier.data.readers.file_checker import FileChecker, FileFacts
+from luthier.data.readers.file_checker import FileFacts, check_rows
+from luthier.data.readers.file_rows import read_chunks
 
 _READ_BYTES = 256 * 1024
 # A check beside an inference server would delay the slowest thread of each step.
@@ -28,18 +29,6 @@ class _Question(msgspec.Struct):
 
     limits: Limits
     path: str | None
-
-
-class _Answer(msgspec.Struct):
-    """The facts of a file; or what is wrong with it; or where an unexpected error was raised.
-
-    Of the latter there is no text: it may quote a row.
-    """
-
-    facts: FileFacts | None = None
-    fault: str = ""
-    error_type: str = ""
-    raised_at: str = ""
 
 
 class CheckProcess:
@@ -91,20 +80,10 @@ class CheckProcess:
             RuntimeError: when it failed unexpectedly; names kind and place.
         """
         self._input.close()
-        content = self._output.read()
-        if not content:
-            raise UnavailableError(
-                "The process that checked the file's rows has ended; try again. Operator: see whether the "
-                "machine is short of memory."
-            )
-        answer = msgspec.json.decode(content, type=_Answer)
-        if answer.error_type:
-            raise RuntimeError(
-                f"The process that checks rows failed with {answer.error_type} at {answer.raised_at}."
-            )
-        if answer.facts is None:
-            raise InvalidFileFormatError(answer.fault, param="file")
-        return answer.facts
+        found = read_answer(self._output.read(), FileFacts, "checked")
+        if isinstance(found, Refusal):
+            raise InvalidFileFormatError(found.message, param="file")
+        return found
 
     def kill(self) -> None:
         """Kill the process."""
@@ -119,29 +98,17 @@ class CheckProcess:
 
 
 def _check(question: _Question) -> FileFacts:
-    checker = FileChecker(question.limits)
     if question.path is not None:
         path = Path(question.path)
-        with path.open("rb") as source:
-            checker.feed(source.read(_READ_BYTES))
-        return checker.finish(path)
-    while chunk := os.read(sys.stdin.fileno(), _READ_BYTES):
-        checker.feed(chunk)
-    return checker.finish()
+        return check_rows(read_chunks(path), question.limits, path)
+    return check_rows(iter(lambda: os.read(sys.stdin.fileno(), _READ_BYTES), b""), question.limits)
 
 
 def main() -> None:
     """Check the file, and write the answer on stdout."""
     os.nice(_NICENESS)
-    try:
-        answer = _Answer(_check(msgspec.json.decode(sys.argv[1], type=_Question)))
-    except InvalidFileFormatError as error:
-        answer = _Answer(fault=error.message)
-    except Exception as error:  # noqa: BLE001 - the parent raises it; a traceback could quote a row
-        found = origin(error)
-        answer = _Answer(error_type=found["error_type"], raised_at=found["raised_at"])
-    sys.stdout.buffer.write(msgspec.json.encode(answer))
-    sys.stdout.buffer.flush()
+    question = msgspec.json.decode(sys.argv[1], type=_Question)
+    write_answer(lambda: _check(question), (InvalidFileFormatError,))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,13 @@ tab, whichever makes the header name keys of a format.
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from luthier.data.formats import discover
-from luthier.data.formats.base import Fault, RowFormat, escape_text
-from luthier.data.readers.base import Limits, RawRow, too_long
+from luthier.data.formats.base import Fault, escape_text
+from luthier.data.readers.base import Limits, RawRow, split_lines, too_long
 from luthier.data.readers.detect_format import find_format
 
 _DELIMITERS = (",", ";", "\t")
@@ -47,97 +47,72 @@ def find_header(line: bytes) -> tuple[str, list[str]] | None:
     return None if best is None else (best[1], best[2])
 
 
-class CsvReader:
-    """Reads a table. A record longer than `max_row_bytes` is a fault and not kept."""
+def read_csv(chunks: Iterable[bytes], limits: Limits) -> Iterator[RawRow | Fault]:
+    """Yield the rows of a table. A record longer than `max_row_bytes` is a fault and not kept."""
+    table: _Table | None = None
+    first_blank: int | None = None
+    for number, record in _records(chunks, limits.max_row_bytes):
+        if isinstance(record, bytes) and not record.strip(b" \t"):
+            first_blank = first_blank or number
+            continue
+        if first_blank is not None:
+            yield Fault(first_blank, None, None, "line.blank", "The line is blank; remove it.")
+            first_blank = None
+        if isinstance(record, Fault):
+            yield record
+        elif table is None:
+            table = _Table(record)
+            yield from table.check_header(number)
+        elif table.is_sound:
+            yield table.read(record, number)
 
-    name = "csv"
 
-    def __init__(self, limits: Limits) -> None:
-        self._max_row_bytes = limits.max_row_bytes
-        self._tail = bytearray()
-        # The lines of a record whose quote is still open.
-        self._record = bytearray()
-        self._is_open = self._is_too_long = False
-        self._num_lines = 0
-        self._record_line = 0
-        self._first_blank: int | None = None
-        self._header: list[str] | None = None
-        self._is_broken = False
-        self._delimiter = ","
-        self._format: RowFormat | None = None
+def _records(chunks: Iterable[bytes], max_bytes: int) -> Iterator[tuple[int, bytes | Fault]]:
+    """Yield each record with the line where it begins; a fault instead of one that is not kept."""
+    record = bytearray()
+    num_lines, begins = 0, 1
+    is_quoted = is_too_long = False
+    for part, is_ended in split_lines(chunks):
+        is_quoted ^= part.count(b'"') % 2 == 1
+        record += part
+        if is_too_long or len(record) > max_bytes:
+            is_too_long = True
+            record.clear()
+        num_lines += is_ended
+        if is_ended and is_quoted:
+            record += b"\n"
+        elif is_ended:
+            yield begins, too_long(begins, max_bytes) if is_too_long else _without_return(record)
+            record.clear()
+            begins, is_too_long = num_lines + 1, False
+    if is_quoted:
+        advice = "A quote that begins here is not closed before the end of the file."
+        yield begins, Fault(begins, None, None, "csv.quote", advice)
+    elif record or is_too_long:
+        yield begins, too_long(begins, max_bytes) if is_too_long else _without_return(record)
 
-    def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        """Yield the rows that end in the next bytes."""
-        if self._is_open and b'"' not in chunk and b'"' not in self._tail:
-            # All of it is within one cell, however many lines it has.
-            self._num_lines += chunk.count(b"\n")
-            self._extend_tail(chunk)
-            return
-        lines = chunk.split(b"\n")
-        last = lines.pop()
-        for line in lines:
-            self._extend_tail(line)
-            yield from self._end_line(b"\n")
-        self._extend_tail(last)
 
-    def finish(self) -> Iterator[RawRow | Fault]:
-        """Yield the last row; an open quote is a fault."""
-        if self._tail or self._is_too_long:
-            yield from self._end_line(b"")
-        if self._is_open:
-            self._is_open = False
-            advice = "A quote that begins here is not closed before the end of the file."
-            yield Fault(self._record_line, None, None, "csv.quote", advice)
+def _without_return(record: bytearray) -> bytes:
+    return bytes(record).removesuffix(b"\r")
 
-    def _extend_tail(self, part: bytes) -> None:
-        self._tail += part
-        if len(self._tail) + len(self._record) > self._max_row_bytes:
-            # A record that is too long is not kept, but its quotes are counted on.
-            self._is_too_long = True
-            self._is_open ^= self._tail.count(b'"') % 2 == 1
-            self._tail.clear()
-            self._record.clear()
 
-    def _end_line(self, newline: bytes) -> Iterator[RawRow | Fault]:
-        self._num_lines += 1
-        if not self._record_line:
-            self._record_line = self._num_lines
-        line = bytes(self._tail)
-        self._tail.clear()
-        self._is_open ^= line.count(b'"') % 2 == 1
-        if not self._is_too_long:
-            self._record += line
-        if self._is_open:
-            if not self._is_too_long:
-                self._record += newline
-            return
-        record = bytes(self._record).removesuffix(b"\r")
-        self._record.clear()
-        number, self._record_line = self._record_line, 0
-        is_too_long, self._is_too_long = self._is_too_long, False
-        yield from self._end_record(record, number, is_too_long=is_too_long)
+class _Table:
+    """The columns of a table, and the format that its header names."""
 
-    def _end_record(self, record: bytes, number: int, *, is_too_long: bool) -> Iterator[RawRow | Fault]:
-        if not is_too_long and not record.strip(b" \t"):
-            self._first_blank = self._first_blank or number
-            return
-        if self._first_blank is not None:
-            yield Fault(self._first_blank, None, None, "line.blank", "The line is blank; remove it.")
-            self._first_blank = None
-        if is_too_long:
-            yield too_long(number, self._max_row_bytes)
-        elif self._header is None:
-            # Of a table with a broken header no row can be read.
-            for fault in self._begin(record, number):
-                self._is_broken = True
-                yield fault
-        elif not self._is_broken:
-            yield self._read(record, number, self._header)
-
-    def _begin(self, record: bytes, number: int) -> Iterator[Fault]:
-        found = find_header(record.removeprefix(b"\xef\xbb\xbf"))
+    def __init__(self, header: bytes) -> None:
+        found = find_header(header.removeprefix(b"\xef\xbb\xbf"))
         self._delimiter, self._header = found or (",", [])
         self._format = find_format(self._header)
+        # Of a table with a broken header no row can be read.
+        self.is_sound = True
+
+    def check_header(self, number: int) -> Iterator[Fault]:
+        """Yield the faults of the header, which is on line `number`."""
+        for fault in self._header_faults(number):
+            self.is_sound = False
+            yield fault
+
+    def _header_faults(self, number: int) -> Iterator[Fault]:
         seen: set[str] = set()
         for place, name in enumerate(self._header, start=1):
             if name in seen:
@@ -153,7 +128,8 @@ class CsvReader:
             advice = f'The column "{name}" is missing from the header.'
             yield Fault(number, None, name, "csv.missing_column", advice)
 
-    def _read(self, record: bytes, number: int, header: list[str]) -> RawRow | Fault:
+    def read(self, record: bytes, number: int) -> RawRow | Fault:
+        """Return the row of a record, or its fault."""
         if (place := record.find(b"\0")) >= 0:
             advice = "The row holds a NUL byte; save the file as plain UTF-8 text, not UTF-16 or binary."
             return Fault(number, place + 1, None, "text.nul", advice)
@@ -167,17 +143,18 @@ class CsvReader:
         except ValueError as error:
             advice = f"This is no record of a CSV file: {error}. Double each quote inside of a quoted cell."
             return Fault(number, None, None, "csv.quote", advice)
-        if len(cells) != len(header):
+        if len(cells) != len(self._header):
             advice = (
-                f"The row has {len(cells)} cells and the header {len(header)}; quote cells with separators."
+                f"The row has {len(cells)} cells and the header {len(self._header)}; quote cells with "
+                "separators."
             )
             return Fault(number, None, None, "csv.cells", advice)
-        return self._join(cells, number, header)
+        return self._join(cells, number)
 
-    def _join(self, cells: list[str], number: int, header: list[str]) -> RawRow | Fault:
+    def _join(self, cells: list[str], number: int) -> RawRow | Fault:
         fields: dict[str, object] = {}
         json_keys: frozenset[str] = frozenset() if self._format is None else self._format.json_keys
-        for column, (key, cell) in enumerate(zip(header, cells, strict=True), start=1):
+        for column, (key, cell) in enumerate(zip(self._header, cells, strict=True), start=1):
             if key not in json_keys:
                 fields[key] = cell
             elif cell.strip():

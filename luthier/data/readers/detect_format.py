@@ -1,6 +1,7 @@
 """The format of a file, by its first row, and the faults of a row that is not of it."""
 
 from collections.abc import Collection
+from typing import Any
 
 from luthier.data.formats import discover
 from luthier.data.formats._json_line import parse_line
@@ -34,8 +35,8 @@ def detect_format(line: bytes, number: int) -> RowFormat | Fault:
     return find_format(row) or discover()[_DEFAULT]
 
 
-def explain_row(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
-    """Return the faults of a row that the file's format refused: one alone when it has another format."""
+def check_row(row_format: RowFormat, line: bytes, number: int) -> dict[str, Any] | list[Fault]:
+    """Return a row of the file's format, or its faults: one alone when it has another format."""
     row = parse_line(line, number)
     if isinstance(row, Fault):
         return [row]
@@ -47,4 +48,4 @@ def explain_row(row_format: RowFormat, line: bytes, number: int) -> list[Fault]:
                 f"{row_format.name}: a file has one format. Put such rows into a file of their own."
             )
             return [Fault(number, None, None, "row.other_format", advice)]
-    return row_format.explain(row, number)
+    return [Fault(number, None, *broken) for broken in row_format.check(row)] or row

@@ -5,29 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from luthier.data.formats.base import Fault, Row, RowFormat
-from luthier.data.readers.base import CHECKED, Limits, RawRow
-from luthier.data.readers.detect_format import detect_format, explain_row
-from luthier.data.readers.parquet import read_parquet
+from luthier.data.readers.base import CHECKED, RawRow
+from luthier.data.readers.detect_format import check_row, detect_format
 from luthier.data.readers.stream import RowStream
 
 _CHUNK_BYTES = 1024 * 1024
 
 
-def read_raw_rows(path: Path, limits: Limits = CHECKED) -> Iterator[RawRow | Fault]:
-    """Yield the raw rows of a file, or faults instead of them, in the file's order.
-
-    Raises:
-        InvalidFileFormatError: when the file holds no rows.
-    """
-    stream = RowStream(limits)
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file."""
     with path.open("rb") as source:
         while chunk := source.read(_CHUNK_BYTES):
-            yield from stream.feed(chunk)
-            if stream.is_parquet:
-                break
-    yield from stream.finish()
-    if stream.is_parquet:
-        yield from read_parquet(path, limits)
+            yield chunk
 
 
 def locate(fault: Fault, raw: RawRow) -> Fault:
@@ -46,15 +35,20 @@ def locate(fault: Fault, raw: RawRow) -> Fault:
 
 
 class FileRows:
-    """The rows of a file, read one by one. The first row decides the format."""
+    """The rows of a file that was checked at upload, or of another stream, read one by one.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    The first row decides the format; None before it.
+    """
+
+    def __init__(self, source: Path | RowStream) -> None:
+        self._stream = (
+            source if isinstance(source, RowStream) else RowStream(read_chunks(source), CHECKED, source)
+        )
         self.format: RowFormat | None = None
 
     def raw(self) -> Iterator[RawRow | Fault]:
         """Yield each raw row, or a fault instead of it; `format` is known before the first row."""
-        for raw in read_raw_rows(self._path):
+        for raw in self._stream:
             if self.format is None and not isinstance(raw, Fault):
                 found = detect_format(raw.content, raw.number)
                 if isinstance(found, Fault):
@@ -66,24 +60,20 @@ class FileRows:
     def __iter__(self) -> Iterator[tuple[RawRow, Row] | Fault]:
         """Yield each row with its place, or its faults; `format` is known before the first row."""
         for raw in self.raw():
-            if isinstance(raw, Fault):
-                yield raw
-                continue
-            if self.format is None:
-                raise ValueError("A row came before the file's format was known.")
-            found = read_row(self.format, raw)
-            if isinstance(found, list):
-                yield from found
-            else:
-                yield found
+            yield from [raw] if isinstance(raw, Fault) else self.read(raw)
 
+    def read(self, raw: RawRow) -> list[tuple[RawRow, Row]] | list[Fault]:
+        """Return the row of a raw one, which comes without its content and has its place; or its faults."""
+        assert self.format is not None, "the first row decides it"
+        row = check_row(self.format, raw.content, raw.number)
+        if isinstance(row, list):
+            return [locate(fault, raw) for fault in row]
+        return [(raw._replace(content=b""), self.format.make_row(row))]
 
-def read_row(row_format: RowFormat, raw: RawRow) -> tuple[RawRow, Row] | list[Fault]:
-    """Read one row of a file: the raw row without its content, by which `locate` works, and the row.
-
-    Or its faults.
-    """
-    row = row_format.read(raw.content)
-    if row is not None:
-        return raw._replace(content=b""), row
-    return [locate(fault, raw) for fault in explain_row(row_format, raw.content, raw.number)]
+    def check(self, raw: RawRow) -> list[Fault]:
+        """Return the faults of a raw row."""
+        assert self.format is not None, "the first row decides it"
+        if self.format.accepts_by_type(raw.content):
+            return []
+        row = check_row(self.format, raw.content, raw.number)
+        return [locate(fault, raw) for fault in row] if isinstance(row, list) else []

@@ -3,8 +3,9 @@
 Where an element ends is found by counting brackets outside of strings; whether it is JSON, its reader says.
 """
 
+import collections
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from luthier.data.formats.base import Fault
 from luthier.data.readers.base import Limits, RawRow, too_long
@@ -15,58 +16,51 @@ _STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 _STRING_SO_FAR = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
 _SPACES = b" \t\r\n"
 _OPEN, _CLOSE, _COMMA, _QUOTE = b"{[", b"}]", b",", b'"'
-# Small chunks are joined to such before they are looked at.
-_LOOK_BYTES = 64 * 1024
+# What may precede a row of the greatest length.
+_MAX_SPACES = 64 * 1024
 
 
 class JsonArrayReader:
     """Reads a JSON array. An element longer than `max_row_bytes` is a fault and not kept."""
-
-    name = "json"
 
     def __init__(self, limits: Limits) -> None:
         self._max_row_bytes = limits.max_row_bytes
         # The bytes not yet yielded, from the beginning of an element; and how far they were scanned.
         self._buffer = bytearray()
         self._position = 0
-        self._num_new = 0
         self._depth = 0
-        self._is_in_string = False
-        self._is_begun = self._is_over = self._is_after_end = False
+        self._is_in_string = self._is_over = False
         # Where an element began that is too long to be kept.
         self._too_long_from: tuple[int, int] | None = None
         self._num_rows = 0
         # The place of the buffer's first byte.
         self._line, self._column = 1, 1
 
-    def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        """Yield the rows that end in the next bytes."""
-        self._buffer += chunk
-        self._num_new += len(chunk)
-        if self._num_new >= _LOOK_BYTES:
-            yield from self._look()
+    def read(self, chunks: Iterable[bytes]) -> Iterator[RawRow | Fault]:
+        """Yield the rows of an array whose bracket is in the first chunk."""
+        remaining = iter(chunks)
+        self._buffer += next(remaining)
+        self._drop(self._buffer.index(b"[") + 1)
+        while not self._is_over:
+            while not self._is_over and (end := self._find_end()) is not None:
+                yield from self._end_element(end)
+            if self._is_over:
+                break
+            if len(self._buffer) > self._max_row_bytes + _MAX_SPACES:
+                self._too_long_from = self._too_long_from or (self._line, self._column)
+                self._position -= self._drop(self._position)
+            if not self._extend(remaining):
+                advice = "The JSON array is not closed: the file ends within it. Was it cut?"
+                self._drop(len(self._buffer))
+                yield Fault(self._line, self._column, None, "json.syntax", advice)
+                return
+        yield from self._refuse_rest(remaining)
 
-    def finish(self) -> Iterator[RawRow | Fault]:
-        """Yield what is left; an array that is not closed is a fault."""
-        yield from self._look()
-        if not self._is_over:
-            advice = "The JSON array is not closed: the file ends within it. Was it cut?"
-            self._drop(len(self._buffer))
-            yield Fault(self._line, self._column, None, "json.syntax", advice)
-
-    def _look(self) -> Iterator[RawRow | Fault]:
-        self._num_new = 0
-        if not self._is_begun:
-            # RowStream has seen the bracket.
-            self._drop(self._buffer.index(b"[") + 1)
-            self._is_begun = True
-        while not self._is_over and (end := self._find_end()) is not None:
-            yield from self._end_element(end)
-        if self._is_over:
-            yield from self._refuse_rest()
-        elif len(self._buffer) > self._max_row_bytes + _LOOK_BYTES:
-            self._too_long_from = self._too_long_from or (self._line, self._column)
-            self._position -= self._drop(self._position)
+    def _extend(self, chunks: Iterator[bytes]) -> bool:
+        """Add the next chunk; return whether there was one."""
+        chunk = next(chunks, None)
+        self._buffer += chunk or b""
+        return chunk is not None
 
     def _find_end(self) -> int | None:
         """Return where the element ends: at a comma or the array's bracket; None when that has not come."""
@@ -115,14 +109,16 @@ class JsonArrayReader:
         else:
             yield RawRow(self._num_rows, content, line, column, is_numbered_by_row=True)
 
-    def _refuse_rest(self) -> Iterator[RawRow | Fault]:
-        rest = self._buffer.lstrip(_SPACES)
-        if rest and not self._is_after_end:
-            self._is_after_end = True
-            self._drop(len(self._buffer) - len(rest))
-            advice = "Something follows the end of the JSON array; a file is one array."
-            yield Fault(self._line, self._column, None, "json.syntax", advice)
-        self._drop(len(self._buffer))
+    def _refuse_rest(self, chunks: Iterator[bytes]) -> Iterator[Fault]:
+        while not (rest := self._buffer.lstrip(_SPACES)):
+            self._drop(len(self._buffer))
+            if not self._extend(chunks):
+                return
+        self._drop(len(self._buffer) - len(rest))
+        advice = "Something follows the end of the JSON array; a file is one array."
+        yield Fault(self._line, self._column, None, "json.syntax", advice)
+        # A damaged gzip file is refused as such.
+        collections.deque(chunks, maxlen=0)
 
     def _drop(self, num_bytes: int) -> int:
         """Drop the buffer's first bytes, and return their number."""

@@ -3,15 +3,18 @@
 A file's name and type are not used: clients send both wrong.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
 
 from luthier.core.errors import InvalidFileFormatError
 from luthier.data.formats.base import Fault
 from luthier.data.readers import gzip_stream, parquet
-from luthier.data.readers.base import Limits, RawRow, RowReader
-from luthier.data.readers.csv_table import CsvReader, find_header
+from luthier.data.readers.base import Limits, RawRow
+from luthier.data.readers.csv_table import find_header, read_csv
 from luthier.data.readers.json_array import JsonArrayReader
-from luthier.data.readers.json_lines import JsonLinesReader
+from luthier.data.readers.json_lines import read_json_lines
 
 _BOM = b"\xef\xbb\xbf"
 _SPACES = b" \t\r\n"
@@ -44,94 +47,71 @@ def _refuse_foreign(head: bytes, foreign: tuple[tuple[bytes, str], ...]) -> None
 
 
 class RowStream:
-    """Detects the container of a stream and yields its rows."""
+    """The rows of a stream, or faults instead of them, as an iterable.
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._head = b""
-        self._text_head = b""
-        self._gunzip: gzip_stream.Gunzip | None = None
-        self._is_decided = False
-        self._reader: RowReader | None = None
-        self.is_parquet = False
+    `path` is the file that the stream is of: Parquet can be read only from a whole one. `container` is what
+    the stream is, such as `jsonl` or `csv+gzip`; empty until the first row.
+    """
 
-    @property
-    def container(self) -> str:
-        """What the file is, such as `jsonl` or `csv+gzip`; empty while that is not known."""
-        name = "parquet" if self.is_parquet else self._reader.name if self._reader else ""
-        return f"{name}+gzip" if self._gunzip else name
+    def __init__(self, chunks: Iterable[bytes], limits: Limits, path: Path | None = None) -> None:
+        self._chunks, self._limits, self._path = iter(chunks), limits, path
+        self.container = ""
 
-    def feed(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        """Yield the rows, or faults, that end in the next bytes; none of Parquet, read from the whole file.
+    def __iter__(self) -> Iterator[RawRow | Fault]:
+        """Yield the rows.
 
         Raises:
             InvalidFileFormatError: when the file holds no rows, is damaged or expands beyond the limits.
         """
-        if not self._is_decided:
-            self._head += chunk
-            if len(self._head) < _MAGIC_BYTES:
-                return
-            chunk = self._decide()
-        yield from self._feed_decided(chunk)
-
-    def _decide(self) -> bytes:
-        head, self._head = self._head, b""
-        self._is_decided = True
-        self.is_parquet = head.startswith(parquet.MAGIC)
-        if head.startswith(gzip_stream.MAGIC):
-            self._gunzip = gzip_stream.Gunzip(self._limits)
-        return head
-
-    def _feed_decided(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        if self.is_parquet:
+        head, chunks = _read_head(self._chunks, lambda head: len(head) >= _MAGIC_BYTES)
+        if head.startswith(parquet.MAGIC):
+            self.container = "parquet"
+            yield from self._read_parquet()
             return
-        if self._gunzip is None:
-            yield from self._feed_text(chunk)
-            return
-        for block in self._gunzip.feed(chunk):
-            yield from self._feed_text(block)
+        is_packed = head.startswith(gzip_stream.MAGIC)
+        if is_packed:
+            chunks = gzip_stream.gunzip(chunks, self._limits)
+        head, chunks = _read_head(chunks, _shows_container)
+        _refuse_foreign(head, _FOREIGN_FILES + (_INSIDE_GZIP if is_packed else ()))
+        name = _name_text(head)
+        self.container = f"{name}+gzip" if is_packed else name
+        if name == "json":
+            yield from JsonArrayReader(self._limits).read(chunks)
+        else:
+            yield from (read_csv if name == "csv" else read_json_lines)(chunks, self._limits)
 
-    def _feed_text(self, chunk: bytes) -> Iterator[RawRow | Fault]:
-        if self._reader is None:
-            self._text_head += chunk
-            self._reader = self._find_reader(is_whole=False)
-            if self._reader is None:
-                return
-            chunk, self._text_head = self._text_head, b""
-        yield from self._reader.feed(chunk)
+    def _read_parquet(self) -> Iterator[RawRow | Fault]:
+        if self._path is None:
+            raise InvalidFileFormatError(
+                "The file is Parquet, which can't be checked as it comes here; send JSON lines.", param="file"
+            )
+        with closing(parquet.read_parquet(self._path, self._limits)) as rows:
+            yield from rows
 
-    def _find_reader(self, *, is_whole: bool) -> RowReader | None:
-        """Return the reader for the beginning of the text; None while that is too short to decide."""
-        head = self._text_head
-        if len(head) < _MAGIC_BYTES and not is_whole:
-            return None
-        _refuse_foreign(head, _FOREIGN_FILES + (_INSIDE_GZIP if self._gunzip else ()))
-        text = head.removeprefix(_BOM).lstrip(_SPACES)
-        is_enough = is_whole or len(head) > _MAX_HEADER_BYTES
-        if text.startswith(b"["):
-            return JsonArrayReader(self._limits)
-        if text.startswith(b"{"):
-            return JsonLinesReader(self._limits)
-        if not is_enough and b"\n" not in text:
-            return None
-        line = text.split(b"\n", 1)[0].removesuffix(b"\r")
-        is_table = len(line) <= _MAX_HEADER_BYTES and find_header(line) is not None
-        return CsvReader(self._limits) if is_table else JsonLinesReader(self._limits)
 
-    def finish(self) -> Iterator[RawRow | Fault]:
-        """Yield the remaining rows or faults; no more bytes follow.
+def _read_head(chunks: Iterator[bytes], is_enough: Callable[[bytes], bool]) -> tuple[bytes, Iterator[bytes]]:
+    """Return the beginning of a stream, as much as is needed or there is; and the whole stream."""
+    head = b""
+    for chunk in chunks:
+        head += chunk
+        if is_enough(head):
+            break
+    return head, itertools.chain([head], chunks)
 
-        Raises:
-            InvalidFileFormatError: when the file holds no rows, or was cut.
-        """
-        if not self._is_decided:
-            yield from self._feed_decided(self._decide())
-        if self.is_parquet:
-            return
-        if self._gunzip is not None:
-            self._gunzip.finish()
-        if self._reader is None:
-            self._reader = self._find_reader(is_whole=True)
-            assert self._reader is not None
-            yield from self._reader.feed(self._text_head)
-        yield from self._reader.finish()
+
+def _shows_container(head: bytes) -> bool:
+    """Whether the beginning of a text shows what it is: its first character, or its whole first line."""
+    if len(head) < _MAGIC_BYTES:
+        return False
+    text = head.removeprefix(_BOM).lstrip(_SPACES)
+    return text.startswith((b"[", b"{")) or b"\n" in text or len(head) > _MAX_HEADER_BYTES
+
+
+def _name_text(head: bytes) -> str:
+    """Return what a text is: a JSON array, a table, or JSON lines."""
+    text = head.removeprefix(_BOM).lstrip(_SPACES)
+    if text.startswith(b"["):
+        return "json"
+    line = text.split(b"\n", 1)[0].removesuffix(b"\r")
+    is_table = not text.startswith(b"{") and len(line) <= _MAX_HEADER_BYTES and find_header(line) is not None
+    return "csv" if is_table else "jsonl"

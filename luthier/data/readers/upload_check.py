@@ -14,7 +14,7 @@ from luthier.core.settings import Settings
 from luthier.data.readers import gzip_stream, parquet
 from luthier.data.readers.base import Limits
 from luthier.data.readers.check_process import CheckProcess
-from luthier.data.readers.file_checker import FileChecker, FileFacts
+from luthier.data.readers.file_checker import FileFacts, check_rows
 
 FINE_TUNE = "fine-tune"
 INPUT_PURPOSES = ("assistants", "batch", FINE_TUNE, "vision", "user_data", "evals")
@@ -175,10 +175,8 @@ class UploadCheck:
             self._start(path)
         if self._process is not None:
             return self._process.finish()
-        checker = FileChecker(self._limits)
         with _ONE_HERE:
-            checker.feed(bytes(self._waiting))
-            return checker.finish()
+            return check_rows([bytes(self._waiting)], self._limits)
 
     def stop(self) -> None:
         """End what `feed` or `finish` is doing in another thread."""

@@ -170,7 +170,7 @@ class ChatTemplate:
         spellings: SpecialTokens | None = None,
     ) -> None:
         self._spellings = spellings or SpecialTokens()
-        self._special_tokens = dict(special_tokens or {})
+        self.special_tokens = dict(special_tokens or {})
         self._source = source
         try:
             self._template = _environment().from_string(source)
@@ -233,11 +233,6 @@ class ChatTemplate:
                 found.add((asked[len(before) :], answered[len(up_to_end) :]))
         return found.pop() if len(found) == 1 else None
 
-    @property
-    def special_tokens(self) -> Mapping[str, str]:
-        """Names such as `eos_token` and their texts."""
-        return self._special_tokens
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -286,7 +281,7 @@ class ChatTemplate:
                 tools=tools or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
+                **self.special_tokens,
             ):
                 pieces.append(piece)
                 num_chars += len(piece)

@@ -5,6 +5,7 @@ supervised. The newline that templates put after the end of a turn is not: the m
 are found by rendering the conversation up to each turn, so they hold for any template that only appends.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -168,19 +169,15 @@ def _render_raw(template: ChatTemplate, turns: Sequence[Turn]) -> RenderedRow:
 
 def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encoding]:
     """Return the tokens of each row, with their spans in the row's text."""
-    firsts = [row.text[: row.cut] if row.cut else row.text for row in rows]
-    rests = iter(tokenizer.encode_batch([row.text[row.cut :] for row in rows if row.cut]))
-    templated = iter(
-        tokenizer.encode_batch([text for text, row in zip(firsts, rows, strict=True) if not row.is_raw])
-    )
-    raw = iter(
-        tokenizer.encode_raw_batch([text for text, row in zip(firsts, rows, strict=True) if row.is_raw])
-    )
+    pieces = [(row.text[: row.cut], row.text[row.cut :]) if row.cut else (row.text,) for row in rows]
+    encodings = iter(tokenizer.encode_batch(list(itertools.chain.from_iterable(pieces))))
     found: list[Encoding] = []
     for row in rows:
-        encoding = next(raw if row.is_raw else templated)
+        encoding = next(encodings)
+        if row.is_raw:
+            encoding = tokenizer.add_raw_prefix(encoding)
         if row.cut:
-            rest = next(rests)
+            rest = next(encodings)
             encoding = Encoding(
                 np.concatenate([encoding.ids, rest.ids]),
                 np.concatenate([encoding.spans, rest.spans + row.cut]),

@@ -185,7 +185,8 @@ class Tokenizer:
         # A tokenizer.json may carry truncation or padding from its training; both alter rows silently.
         inner.no_truncation()
         inner.no_padding()
-        self._inner = inner
+        # The library's own tokenizer, for others to inspect; never to encode with.
+        self.pipeline = inner
         self.stop_token_ids = frozenset(stop_token_ids)
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self._added = inner.get_added_tokens_decoder()
@@ -207,7 +208,7 @@ class Tokenizer:
             )
         self._is_byte_level = "ByteLevel" in kinds
         # Such decoders drop the one space that their normaliser put before the first word.
-        self._strips_first_space = any(
+        self.strips_first_space = any(
             (step["type"] == "Strip" and step["content"] == " " and step["start"] == 1)
             or (step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
             for step in steps
@@ -248,7 +249,7 @@ class Tokenizer:
         (see SpecialTokens); none is added.
         """
         pieces = self._special.split(text)
-        return [i for piece in pieces for i in self._inner.encode(piece, add_special_tokens=False).ids]
+        return [i for piece in pieces for i in self.pipeline.encode(piece, add_special_tokens=False).ids]
 
     def encode_raw(self, text: str) -> list[int]:
         """Return the token ids of a text without a template, after the prefix of such texts."""
@@ -256,16 +257,13 @@ class Tokenizer:
         num_prefix = len(self.raw_prefix_ids)
         return ids if ids[:num_prefix] == self.raw_prefix_ids else self.raw_prefix_ids + ids
 
-    def encode_raw_batch(self, texts: Sequence[str]) -> list[Encoding]:
-        """Do as encode_raw for many texts; the prefix has the span (-1, -1)."""
+    def add_raw_prefix(self, encoding: Encoding) -> Encoding:
+        """Do as encode_raw with a text's tokens; the prefix has the span (-1, -1)."""
         prefix = np.asarray(self.raw_prefix_ids, np.int32)
+        if np.array_equal(encoding.ids[: len(prefix)], prefix):
+            return encoding
         spans = np.full((len(prefix), 2), -1, np.int64)
-        return [
-            encoding
-            if np.array_equal(encoding.ids[: len(prefix)], prefix)
-            else Encoding(np.concatenate([prefix, encoding.ids]), np.concatenate([spans, encoding.spans]))
-            for encoding in self.encode_batch(texts)
-        ]
+        return Encoding(np.concatenate([prefix, encoding.ids]), np.concatenate([spans, encoding.spans]))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode many texts at once, on all cores: ids, int32 [T], and spans of characters, int64 [T, 2]."""
@@ -275,19 +273,14 @@ class Tokenizer:
 
     def _encode_pieces(self, texts: Sequence[str]) -> list[Encoding]:
         if not self._is_byte_level:
-            encodings = self._inner.encode_batch(list(texts), add_special_tokens=False)
+            encodings = self.pipeline.encode_batch(list(texts), add_special_tokens=False)
             return [self._with_spans(encoding) for encoding in encodings]
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        encodings = self.pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
         return [
             self._find_spans(text, encoding.ids)
-            or self._with_spans(self._inner.encode(text, add_special_tokens=False))
+            or self._with_spans(self.pipeline.encode(text, add_special_tokens=False))
             for text, encoding in zip(texts, encodings, strict=True)
         ]
-
-    @property
-    def pipeline(self) -> tokenizers.Tokenizer:
-        """The library's own tokenizer, to inspect; never to encode with."""
-        return self._inner
 
     @staticmethod
     def _with_spans(encoding: tokenizers.Encoding) -> Encoding:
@@ -339,7 +332,7 @@ class Tokenizer:
         added = self._added.get(token_id)
         if added is not None:
             return str(added.content).encode()
-        token = self._inner.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        token = self.pipeline.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         if token is None:
             return b""
         if self._is_byte_level:
@@ -374,11 +367,6 @@ class Tokenizer:
         """Return the text of tokens as an answer shows it; bytes that are no UTF-8 become U+FFFD."""
         decoder = StreamDecoder(self, skip_special=skip_special)
         return "".join([decoder.push(token_id) for token_id in ids]) + decoder.flush()
-
-    @property
-    def strips_first_space(self) -> bool:
-        """Whether a space before the first word is the tokenizer's own and no part of the text."""
-        return self._strips_first_space
 
 
 class StreamDecoder:

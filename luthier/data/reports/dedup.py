@@ -4,7 +4,6 @@ Exact repeats are found among about a million different rows, near-duplicates am
 """
 
 from array import array
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +20,6 @@ from luthier.data.prepare.minhash import (
 WINDOW_ROWS = 2**18
 _EXACT_SLOTS = 2**21
 _MAX_PROBES = 32
-
-
-class Pair(NamedTuple):
-    """Two rows that are the same or nearly so, by their numbers in their files."""
-
-    row: int
-    earlier: int
 
 
 class ExactIndex:

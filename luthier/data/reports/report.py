@@ -14,7 +14,7 @@ import numpy as np
 from luthier.data.formats.base import Fault, Row
 from luthier.data.prepare.minhash import Signer, row_key, row_text
 from luthier.data.readers.base import RawRow
-from luthier.data.readers.file_rows import FileRows, locate, read_row
+from luthier.data.readers.file_rows import FileRows, locate
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.loss_mask import NOTHING_SUPERVISED, MaskedText, Refusal, mask_rows
 from luthier.data.rendering.tokenizer import SPLIT, Tokenizer, without_splits
@@ -89,10 +89,7 @@ def _batches(rows: FileRows) -> Iterator[_Batch]:
         if isinstance(item, Fault):
             batch.append(item)
         else:
-            if rows.format is None:
-                raise ValueError("A row came before the file's format was known.")
-            found = read_row(rows.format, item)
-            batch += found if isinstance(found, list) else [found]
+            batch += rows.read(item)
             num_bytes += len(item.content)
         num_items += 1
         if num_items == _BATCH_ROWS or num_bytes >= _BATCH_BYTES:

@@ -42,7 +42,7 @@ def make_echo(tokenizer: Tokenizer, prompt: str | list[int], *, with_starts: boo
     if isinstance(prompt, str):
         if not with_starts:
             return PromptEcho(prompt)
-        [encoding] = tokenizer.encode_raw_batch([prompt])
+        encoding = tokenizer.add_raw_prefix(*tokenizer.encode_batch([prompt]))
         return PromptEcho(prompt, tuple(encoding.spans[:, 0].clip(0).tolist()))
     decoder = StreamDecoder(tokenizer, skip_special=False)
     pieces, starts, end = [], [], 0

@@ -15,7 +15,7 @@ from benchmarks.quality.routing_words import DESKS
 from benchmarks.quality.scores import ORDER_SCHEMA
 from benchmarks.quality.task import Row, Task, with_examples
 from luthier.data.readers.base import Limits
-from luthier.data.readers.file_checker import FileChecker
+from luthier.data.readers.file_checker import check_rows
 
 _NUM_ROWS, _NUM_QUESTIONS = 500, 200
 
@@ -106,9 +106,8 @@ def test_optional_members_come_in_some_orders_and_not_in_others() -> None:
 
 
 def test_the_service_accepts_the_training_rows(task: Task) -> None:
-    checker = FileChecker(Limits(1024 * 1024))
-    checker.feed("".join(f"{row.to_line()}\n" for row in task.rows).encode())
-    assert checker.finish().num_rows == _NUM_ROWS
+    content = "".join(f"{row.to_line()}\n" for row in task.rows).encode()
+    assert check_rows([content], Limits(1024 * 1024)).num_rows == _NUM_ROWS
 
 
 def test_examples_come_as_earlier_turns_under_one_system_turn() -> None:

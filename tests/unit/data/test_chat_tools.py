@@ -6,7 +6,7 @@ import pytest
 
 from luthier.data.formats.base import ToolCall, Turn
 from luthier.data.formats.chat import FORMAT
-from luthier.data.readers.detect_format import explain_row
+from tests.rows import explain_line, read_line
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -29,14 +29,13 @@ def tool(name="look_up", **fields):
 
 
 def read(row):
-    return FORMAT.read(json.dumps(row).encode())
+    return read_line(FORMAT, json.dumps(row).encode())
 
 
 def faults(row):
     line = json.dumps(row).encode()
-    assert (FORMAT.read(line) is None) == (not FORMAT.accepts(line))
-    assert FORMAT.read(line) is None
-    return [(fault.field, fault.rule) for fault in explain_row(FORMAT, line, 3)]
+    assert read_line(FORMAT, line) is None
+    return [(fault.field, fault.rule) for fault in explain_line(FORMAT, line, 3)]
 
 
 def test_a_call_its_answer_and_the_tools_come_through():
@@ -179,7 +178,7 @@ def test_two_calls_at_once_contradict_parallel_tool_calls_false():
 def test_what_is_no_text_is_refused_by_name_with_its_field(kind):
     parts = [{"type": "text", "text": "see"}, {"type": kind, kind: {"url": "data:image/png;base64,AAAA"}}]
     line = json.dumps({"messages": [{"role": "user", "content": parts}, ANSWER]}).encode()
-    [fault] = explain_row(FORMAT, line, 5)
+    [fault] = explain_line(FORMAT, line, 5)
     assert (fault.line, fault.field) == (5, "messages[0].content[1].type")
     assert f'not supported ("{kind}")' in str(fault)
-    assert not FORMAT.accepts(line)
+    assert not FORMAT.accepts_by_type(line)

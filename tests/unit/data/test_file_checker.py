@@ -9,25 +9,21 @@ from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidFileFormatError
 from luthier.data.readers.base import Limits
-from luthier.data.readers.file_checker import MAX_FAULTS, FileChecker, FileFacts
+from luthier.data.readers.file_checker import MAX_FAULTS, FileFacts, check_rows
 
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
 def check(content: bytes, *, chunk_bytes: int = 1 << 20, max_line_bytes: int = 4096) -> FileFacts:
-    checker = FileChecker(Limits(max_line_bytes))
-    for start in range(0, len(content), chunk_bytes):
-        checker.feed(content[start : start + chunk_bytes])
-    return checker.finish()
+    chunks = [content[start : start + chunk_bytes] for start in range(0, len(content), chunk_bytes)]
+    return check_rows(chunks, Limits(max_line_bytes))
 
 
 def outcome(content: bytes, cuts: list[int], max_line_bytes: int = 200) -> FileFacts | str:
-    checker = FileChecker(Limits(max_line_bytes))
     places = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
     try:
-        for start, end in itertools.pairwise(places):
-            checker.feed(content[start:end])
-        return checker.finish()
+        chunks = [content[start:end] for start, end in itertools.pairwise(places)]
+        return check_rows(chunks, Limits(max_line_bytes))
     except InvalidFileFormatError as error:
         return error.message
 
@@ -133,9 +129,8 @@ def test_a_file_of_another_kind_is_named_as_such(content, reported):
 
 
 def test_checking_stops_at_twenty_faults_and_lists_the_first_few():
-    checker = FileChecker()
     with pytest.raises(InvalidFileFormatError) as caught:
-        checker.feed(b"{}\n" * 1000)
+        check(b"{}\n" * 1000)
     message = caught.value.message
     assert message.startswith(f"The file breaks the format in {MAX_FAULTS} or more places. Line 1, messages:")
     assert "Line 5," in message
@@ -156,23 +151,18 @@ def test_no_more_than_forty_characters_of_a_row_are_reported():
 
 
 def test_memory_stays_constant_over_an_endless_line():
-    checker = FileChecker(Limits(64 * 1024))
     chunk = b"z" * (256 * 1024)
     tracemalloc.start()
-    for _ in range(200):
-        checker.feed(chunk)
+    with pytest.raises(InvalidFileFormatError, match="longer than 65536 bytes"):
+        check_rows(itertools.repeat(chunk, 200), Limits(64 * 1024))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    with pytest.raises(InvalidFileFormatError, match="longer than 65536 bytes"):
-        checker.finish()
     assert peak_bytes < 2 * 1024 * 1024
 
 
 def test_a_row_counts_for_200_bytes_of_what_a_file_may_hold() -> None:
     row = b'{"text": "t"}\n'
-    checker = FileChecker(Limits(max_expanded_bytes=20_000))
-    checker.feed(row * 100)
-    assert checker.finish().num_rows == 100
-    checker = FileChecker(Limits(max_expanded_bytes=20_000))
+    limits = Limits(max_expanded_bytes=20_000)
+    assert check_rows([row * 100], limits).num_rows == 100
     with pytest.raises(InvalidFileFormatError, match="more than 100 rows"):
-        checker.feed(row * 101)
+        check_rows([row * 101], limits)

@@ -5,20 +5,21 @@ import json
 import pytest
 
 from luthier.data.formats import discover
-from luthier.data.formats.base import Row, ToolCall, Turn
-from luthier.data.readers.detect_format import detect_format, explain_row, find_format
+from luthier.data.formats.base import Fault, Row, ToolCall, Turn
+from luthier.data.readers.detect_format import detect_format, find_format
+from tests.rows import explain_line, read_line
 
 
 def read(name, row):
     line = json.dumps(row).encode()
-    found = discover()[name].read(line)
-    assert discover()[name].accepts(line) == (found is not None)
-    return found
+    return read_line(discover()[name], line)
 
 
 def faults(name, row):
     assert read(name, row) is None
-    return [(fault.field, fault.rule) for fault in explain_row(discover()[name], json.dumps(row).encode(), 2)]
+    return [
+        (fault.field, fault.rule) for fault in explain_line(discover()[name], json.dumps(row).encode(), 2)
+    ]
 
 
 def asked(question, answer, *, is_plain=False):
@@ -63,8 +64,9 @@ def test_a_broken_row_of_texts_is_reported_at_its_field(name, row, expected):
 
 def test_a_key_that_comes_twice_is_refused():
     for line in (b'{"text": "a", "text": "b"}', b'{"text": "a", "label": "x", "label": "y"}'):
-        row_format = detect_format(line, 1)
-        assert not hasattr(row_format, "accepts") or not row_format.accepts(line)
+        found = detect_format(line, 1)
+        assert isinstance(found, Fault)
+        assert found.rule == "json.duplicate_key"
 
 
 def turn(speaker, value):
@@ -207,10 +209,10 @@ def test_keys_of_no_format_are_reported_as_of_a_chat():
 
 
 def test_a_row_of_another_format_is_one_fault_that_names_both():
-    [fault] = explain_row(discover()["chat"], b'{"prompt": "p", "completion": "c"}', 9)
+    [fault] = explain_line(discover()["chat"], b'{"prompt": "p", "completion": "c"}', 9)
     assert (fault.line, fault.rule) == (9, "row.other_format")
     assert "completion" in fault.message
     assert "chat" in fault.message
     # A row that only lacks a key is reported what it lacks.
-    [fault] = explain_row(discover()["labels"], b'{"text": "t"}', 9)
+    [fault] = explain_line(discover()["labels"], b'{"text": "t"}', 9)
     assert (fault.field, fault.rule) == ("label", "field.missing")

@@ -12,9 +12,10 @@ from luthier.core.errors import InvalidFileFormatError
 from luthier.data.formats import discover
 from luthier.data.formats.base import Fault
 from luthier.data.readers.base import Limits, RawRow
-from luthier.data.readers.file_checker import FileChecker
+from luthier.data.readers.file_checker import check_rows
 from luthier.data.readers.file_rows import FileRows
 from luthier.data.readers.parquet import read_parquet
+from tests.rows import read_line
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a", "weight": 1}
@@ -27,10 +28,7 @@ def write(path, table, **options):
 
 
 def check(path, **limits):
-    checker = FileChecker(Limits(**limits))
-    checker.feed(path.read_bytes())
-    assert checker.needs_file
-    return checker.finish(path)
+    return check_rows([path.read_bytes()], Limits(**limits), path)
 
 
 def test_rows_with_nulls_where_a_key_is_absent_are_read(tmp_path):
@@ -42,7 +40,7 @@ def test_rows_with_nulls_where_a_key_is_absent_are_read(tmp_path):
     assert (facts.num_rows, facts.format, facts.container) == (600, "chat", "parquet")
     found = list(FileRows(path))
     assert [place.number for place, _ in found] == list(range(1, 601))
-    expected = [discover()["chat"].read(json.dumps(row).encode()) for row in rows]
+    expected = [read_line(discover()["chat"], json.dumps(row).encode()) for row in rows]
     assert [row for _, row in found[:2]] == expected
 
 
@@ -92,10 +90,9 @@ def test_a_column_of_equal_values_can_not_expand_without_bound(tmp_path):
 
 
 def test_a_caller_without_the_whole_file_is_refused(tmp_path):
-    checker = FileChecker()
-    checker.feed(write(tmp_path / "rows", [{"text": "t"}]).read_bytes())
+    content = write(tmp_path / "rows", [{"text": "t"}]).read_bytes()
     with pytest.raises(InvalidFileFormatError, match="Parquet"):
-        checker.finish()
+        check_rows([content], Limits())
 
 
 _MEASURED = """

@@ -10,6 +10,7 @@ from luthier.data.prepare.preparation import prepare_rows
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.loss_mask import render_turns
 from luthier.data.rendering.tokenizer import Tokenizer
+from tests.rows import read_line
 from tests.tiny import build_tiny_base
 
 QUESTION = {"role": "user", "content": "what is the colour?"}
@@ -200,7 +201,7 @@ TALKS = [
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_quick_way_to_a_turn_finds_the_place_of_the_slow_one(name, monkeypatch):
     template = ChatTemplate(TEMPLATES[name])
-    conversations = [FORMAT.read(json.dumps({"messages": talk}).encode()).turns for talk in TALKS]
+    conversations = [read_line(FORMAT, json.dumps({"messages": talk}).encode()).turns for talk in TALKS]
 
     def spans():
         found = []

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from luthier.core.errors import InvalidFileFormatError
-from luthier.data.readers.base import RawRow
-from luthier.data.readers.file_checker import FileChecker
-from luthier.data.readers.file_rows import Limits, read_raw_rows
+from luthier.data.readers.base import Limits, RawRow
+from luthier.data.readers.file_checker import check_rows
+from luthier.data.readers.file_rows import FileRows
 from luthier.data.readers.stream import RowStream
 
 ROWS = [
@@ -53,12 +53,9 @@ FILES["gzip of two members"] = (
 
 
 def rows_of(content, cuts=(), limits=LIMITS):
-    stream = RowStream(limits)
     places = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
-    found = []
-    for start, end in itertools.pairwise(places):
-        found += stream.feed(content[start:end])
-    return [*found, *stream.finish()], stream.container
+    stream = RowStream((content[start:end] for start, end in itertools.pairwise(places)), limits)
+    return list(stream), stream.container
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -121,10 +118,8 @@ def test_any_bytes_give_the_same_rows_and_faults_wherever_they_are_cut(content, 
 
 
 def reported(content, *, path=None, **limits):
-    checker = FileChecker(Limits(**limits))
     with pytest.raises(InvalidFileFormatError) as caught:
-        checker.feed(content)
-        checker.finish(path)
+        check_rows([content], Limits(**limits), path)
     assert caught.value.param == "file"
     return caught.value.message
 
@@ -169,9 +164,7 @@ def test_what_is_broken_is_reported_with_its_place(content, expected):
 def test_a_chat_in_a_table_is_read_from_its_json_cells():
     messages = json.loads(CHAT)["messages"]
     content = as_csv([{"messages": json.dumps(messages), "tools": ""}] * 3)
-    checker = FileChecker()
-    checker.feed(content)
-    facts = checker.finish()
+    facts = check_rows([content], Limits())
     assert (facts.num_rows, facts.format, facts.container) == (3, "chat", "csv")
 
 
@@ -188,16 +181,12 @@ def test_a_row_over_the_limit_is_a_fault_and_not_kept():
 
 @pytest.mark.parametrize("opening", [b'[{"text": "', b'text\n"'], ids=["array", "csv"])
 def test_memory_stays_constant_over_an_endless_row(opening):
-    checker = FileChecker(Limits(64 * 1024))
     chunk = b"z" * (256 * 1024)
     tracemalloc.start()
-    checker.feed(opening)
-    for _ in range(100):
-        checker.feed(chunk)
+    with pytest.raises(InvalidFileFormatError):
+        check_rows(itertools.chain([opening], itertools.repeat(chunk, 100)), Limits(64 * 1024))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    with pytest.raises(InvalidFileFormatError):
-        checker.finish()
     assert peak_bytes < 4 * 1024 * 1024
 
 
@@ -215,14 +204,12 @@ def test_a_bomb_is_refused_before_it_expands():
 
 
 def test_a_file_of_equal_short_rows_is_no_bomb():
-    checker = FileChecker()
-    checker.feed(gzip.compress(f"{CHAT}\n".encode() * 10_000))
-    assert checker.finish().num_rows == 10_000
+    assert check_rows([gzip.compress(f"{CHAT}\n".encode() * 10_000)], Limits()).num_rows == 10_000
 
 
 def test_files_on_disk_are_read_as_streams_are(tmp_path):
     path = tmp_path / "rows"
     path.write_bytes(FILES["array, gzip"])
-    found = list(read_raw_rows(path))
+    found = list(FileRows(path).raw())
     assert all(isinstance(row, RawRow) for row in found)
     assert [json.loads(row.content) for row in found] == ROWS

@@ -9,7 +9,7 @@ from luthier.core.errors import BaseUnavailableError, UnavailableError
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.data.reports.process import report_in_process
 from luthier.data.reports.report import MAX_FAULTS, MAX_SHOWN_CHARS, report_on_file
-from tests.rows import chat_row, colour_rows, jsonl
+from tests.rows import chat_row, colour_rows, jsonl, read_line
 from tests.tiny import build_tiny_base
 
 SEA = "the sea is blue and wide and full of fish that swim in the water all day and all of the night too"
@@ -136,7 +136,7 @@ def test_a_prompt_s_tokens_are_those_that_it_is_asked_with(base):
     from luthier.data.rendering.loss_mask import encode_rows, render_row
 
     tokenizer = Tokenizer.load(base)
-    row = FORMAT.read(json.dumps({"prompt": "the an", "completion": "swer is"}).encode())
+    row = read_line(FORMAT, json.dumps({"prompt": "the an", "completion": "swer is"}).encode())
     [encoding] = encode_rows(tokenizer, [render_row(ChatTemplate.load(base), row)])
     num_prompt = len(tokenizer.encode("the an"))
     assert encoding.ids[:num_prompt].tolist() == tokenizer.encode("the an")

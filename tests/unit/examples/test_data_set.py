@@ -9,7 +9,7 @@ from examples.support import generate
 from examples.support.generate import FOLDER, NUM_ROWS, SYSTEM, Row, make_data_set
 from examples.support.score import ALLOWED, KEYS, parse_answer
 from luthier.data.readers.base import Limits
-from luthier.data.readers.file_checker import FileChecker
+from luthier.data.readers.file_checker import check_rows
 
 FILES = ("train", "validation", "heldout")
 
@@ -44,9 +44,8 @@ def test_the_generator_is_repeatable_and_its_seed_matters(rows: dict[str, list[R
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_service_accepts_every_file(name: str) -> None:
-    checker = FileChecker(Limits(1024 * 1024))
-    checker.feed((FOLDER / f"{name}.jsonl").read_bytes())
-    assert checker.finish().num_rows == NUM_ROWS[name]
+    content = (FOLDER / f"{name}.jsonl").read_bytes()
+    assert check_rows([content], Limits(1024 * 1024)).num_rows == NUM_ROWS[name]
 
 
 def test_there_are_enough_rows() -> None:

@@ -13,6 +13,7 @@ from luthier.data.rendering.token_bounds import TokenBounds
 from luthier.inference.openai.chat_request import ChatRequest, parse_chat, parse_completion
 from luthier.inference.openai.generation_request import plan_chat, plan_completion
 from luthier.inference.openai.grammar import Grammars
+from tests.rows import read_line
 
 TEMPLATE = ChatTemplate(
     "{% for m in messages %}{{ m.role }}{% if 'name' in m %}({{ m.name }}){% endif %}"
@@ -43,7 +44,7 @@ def chat(messages: list[dict[str, str]], **fields: Any) -> ChatRequest:
 @pytest.mark.parametrize("names", [{}, {"name": "Ann"}, {"name": ""}])
 def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -> None:
     messages = [{"role": "user", "content": "Hi"} | names, {"role": "assistant", "content": "Yes"}]
-    row = ChatFormat().read(json.dumps({"messages": messages}).encode())
+    row = read_line(ChatFormat(), json.dumps({"messages": messages}).encode())
     assert row is not None
     trained = TEMPLATE.render([turn.to_message() for turn in row.turns], add_generation_prompt=True)
     [prompt] = plan_chat(
