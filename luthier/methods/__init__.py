@@ -3,7 +3,6 @@
 The API imports this, so no file here imports torch, transformers or peft at its top.
 """
 
-from luthier.methods._discover import discover, method_of_artifact
 from luthier.methods.base import (
     Attached,
     BottleneckPart,
@@ -14,6 +13,8 @@ from luthier.methods.base import (
     ServedParts,
     Start,
     Workload,
+    discover,
+    method_of_artifact,
 )
 
 __all__ = [

@@ -8,8 +8,6 @@ Shapes: ... any leading axes, D hidden size, M bottleneck width.
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
-from luthier.core.shapes import BaseShape
 from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
 from luthier.methods.adapter import ADAPTER_TYPE
-from luthier.methods.base import BottleneckPart, Installed, ServedParts
+from luthier.methods.base import BottleneckPart, Installed
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -33,12 +30,8 @@ Placement = Literal["houlsby", "pfeiffer", "parallel"]
 
 FORMAT_VERSION = 1
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "gelu": nn.functional.gelu,
-    "relu": nn.functional.relu,
-    "silu": nn.functional.silu,
-    "tanh": torch.tanh,
-}
+# Functions of torch.nn.functional.
+ACTIVATIONS = ("gelu", "relu", "silu", "tanh")
 
 # Names of a block's two halves in the architectures of transformers.
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -56,7 +49,7 @@ class Bottleneck(nn.Module):
     """`x + up(act(down(x)))`; or, in parallel, a module's result plus `up(act(down(its input)))`.
 
     Args:
-        activation: a key of `ACTIVATIONS`.
+        activation: one of `ACTIVATIONS`.
         placement: where it stands; "parallel" reads its module's input, the others its result.
     """
 
@@ -78,7 +71,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the update of x[..., D] alone, in the bottleneck's own type."""
-        middle = ACTIVATIONS[self.activation](self.down(x.to(self.down.weight.dtype)))
+        middle = getattr(nn.functional, self.activation)(self.down(x.to(self.down.weight.dtype)))
         return self.dropout(self.up(middle))
 
     def act_on(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -96,15 +89,11 @@ class Bottleneck(nn.Module):
         return module.register_forward_hook(self.act_on, with_kwargs=True)
 
 
-@dataclass(frozen=True)
-class Site:
-    """One bottleneck's place: its own name in the model, and the path of the module that it acts on."""
-
-    name: str
-    module: str
+# The places of bottlenecks, in the model's order: its own name, and the path of the module that it acts on.
+Sites = dict[str, str]
 
 
-def find_sites(causal_lm: "PreTrainedModel", placement: str) -> list[Site]:
+def find_sites(causal_lm: "PreTrainedModel", placement: str) -> Sites:
     """List where the bottlenecks of a placement go, block by block.
 
     Returns:
@@ -115,7 +104,7 @@ def find_sites(causal_lm: "PreTrainedModel", placement: str) -> list[Site]:
         InvalidValueError: when the base's blocks have no halves that are known by name.
     """
     path, blocks = _blocks(causal_lm)
-    sites: list[Site] = []
+    sites: Sites = {}
     for number, block in enumerate(blocks):
         prefix = f"{path}.{number}"
         attention, feed_forward = _child(block, _ATTENTION), _child(block, _FEED_FORWARD)
@@ -124,39 +113,42 @@ def find_sites(causal_lm: "PreTrainedModel", placement: str) -> list[Site]:
         if placement != "parallel":
             attention, feed_forward = _ends_of_halves(block, attention, feed_forward)
         if placement == "houlsby":
-            sites.append(Site(f"{prefix}.attention_bottleneck", f"{prefix}.{attention}"))
-        sites.append(Site(f"{prefix}.feed_forward_bottleneck", f"{prefix}.{feed_forward}"))
+            sites[f"{prefix}.attention_bottleneck"] = f"{prefix}.{attention}"
+        sites[f"{prefix}.feed_forward_bottleneck"] = f"{prefix}.{feed_forward}"
     return sites
 
 
-def put_on(causal_lm: "PreTrainedModel", sites: list[Site], bottlenecks: list[Bottleneck]) -> None:
+def put_on(causal_lm: "PreTrainedModel", sites: Sites, bottlenecks: list[Bottleneck]) -> None:
     """Make bottlenecks part of a base: submodules of their blocks that act on their modules."""
-    for site, bottleneck in zip(sites, bottlenecks, strict=True):
-        owner, _, name = site.name.rpartition(".")
+    for (path, module), bottleneck in zip(sites.items(), bottlenecks, strict=True):
+        owner, _, name = path.rpartition(".")
         causal_lm.get_submodule(owner).add_module(name, bottleneck)
-        bottleneck.hook_on(causal_lm.get_submodule(site.module))
+        bottleneck.hook_on(causal_lm.get_submodule(module))
 
 
-def write_bottlenecks(
-    causal_lm: "PreTrainedModel", folder: Path, sites: list[Site], *, base_id: str
-) -> list[str]:
-    """Write the bottlenecks of a base at their sites, in the format of docs/adapter-format.md."""
-    modules = [causal_lm.get_submodule(site.name) for site in sites]
+def _own(causal_lm: "PreTrainedModel") -> dict[str, Bottleneck]:
+    return {name: module for name, module in causal_lm.named_modules() if isinstance(module, Bottleneck)}
+
+
+def write_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> list[str]:
+    """Write the bottlenecks of a base, in the format of docs/adapter-format.md."""
+    modules = _own(causal_lm)
     weights = {
-        f"{site.name}.{part}": module.get_parameter(part).detach().cpu().contiguous()
-        for site, module in zip(sites, modules, strict=True)
+        f"{name}.{part}": module.get_parameter(part).detach().cpu().contiguous()
+        for name, module in modules.items()
         for part in _PARTS
     }
-    first = modules[0]
+    first = next(iter(modules.values()))
+    sites = find_sites(causal_lm, first.placement)
     config = {
         "adapter_type": ADAPTER_TYPE,
         "format_version": FORMAT_VERSION,
-        "base_model_name_or_path": base_id,
+        "base_model_name_or_path": causal_lm.name_or_path,
         "activation": first.activation,
         "placement": first.placement,
         "bottleneck_dim": first.down.out_features,
         "hidden_size": first.down.in_features,
-        "bottlenecks": [{"name": site.name, "module": site.module} for site in sites],
+        "bottlenecks": [{"name": name, "module": module} for name, module in sites.items()],
     }
     save_file(dict(sorted(weights.items())), folder / WEIGHTS_NAME, metadata={"format": "pt"})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -165,7 +157,7 @@ def write_bottlenecks(
 
 def read_bottlenecks(
     causal_lm: "PreTrainedModel", folder: Path
-) -> tuple[list[Site], list[Bottleneck], dict[str, Any]]:
+) -> tuple[Sites, list[Bottleneck], dict[str, Any]]:
     """Read an artifact's bottlenecks, frozen, on the base's device; the base is not changed.
 
     Returns:
@@ -174,31 +166,26 @@ def read_bottlenecks(
     Raises:
         ArtifactCorruptError: when files are missing or don't fit the base.
     """
-    config, parts = _read(folder, causal_lm.config.get_text_config().hidden_size)
-    sites = [
-        Site(str(one["name"]), part.module) for one, part in zip(config["bottlenecks"], parts, strict=True)
-    ]
+    config, parts = read_config_and_parts(folder, causal_lm.config.get_text_config().hidden_size)
+    sites = [(str(one["name"]), part.module) for one, part in zip(config["bottlenecks"], parts, strict=True)]
     try:
         known = find_sites(causal_lm, config["placement"])
     except InvalidValueError as error:
         raise ArtifactCorruptError("The adapter's files can't be read for this base.") from error
-    if sites != known:
+    if sites != list(known.items()):
         raise ArtifactCorruptError("The adapter's configuration does not fit this base.")
     bottlenecks = [_filled(part, config["placement"]) for part in parts]
-    return sites, [one.to(causal_lm.device).requires_grad_(False).eval() for one in bottlenecks], config
+    return known, [one.to(causal_lm.device).requires_grad_(False).eval() for one in bottlenecks], config
 
 
-def read_bottleneck_parts(folder: Path, shape: BaseShape) -> ServedParts:
-    """Read an adapter of bottleneck layers (docs/adapter-format.md).
+def read_config_and_parts(
+    folder: Path, hidden_size: int
+) -> tuple[dict[str, Any], tuple[BottleneckPart, ...]]:
+    """Read an artifact's configuration and its bottlenecks, in that order (docs/adapter-format.md).
 
     Raises:
         ArtifactCorruptError: when the files can't be read or don't fit the base.
     """
-    return ServedParts(bottlenecks=_read(folder, shape.hidden_size)[1])
-
-
-def _read(folder: Path, hidden_size: int) -> tuple[dict[str, Any], tuple[BottleneckPart, ...]]:
-    """Return an artifact's configuration and its bottlenecks, in the order of the configuration."""
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_bytes())
         weights = load_file(folder / WEIGHTS_NAME)
@@ -237,8 +224,7 @@ def take_bottlenecks(causal_lm: "PreTrainedModel", folder: Path) -> None:
         ArtifactCorruptError: when it holds others than these.
     """
     sites, saved, _ = read_bottlenecks(causal_lm, folder)
-    own = {name: module for name, module in causal_lm.named_modules() if isinstance(module, Bottleneck)}
-    found = {site.name: one for site, one in zip(sites, saved, strict=True)}
+    own, found = _own(causal_lm), dict(zip(sites, saved, strict=True))
     if own.keys() != found.keys() or not all(_is_alike(own[name], found[name]) for name in own):
         raise ArtifactCorruptError("The artifact's bottlenecks are not those of this model.")
     with torch.no_grad():
@@ -255,28 +241,25 @@ def _is_alike(one: Bottleneck, other: Bottleneck) -> bool:
 
 
 class InstalledBottlenecks(Installed):
-    """An artifact's bottlenecks beside a base; their hooks are there only while it is on."""
+    """An artifact's bottlenecks beside a base; the base is untouched while their hooks are off."""
 
     def __init__(self, causal_lm: "PreTrainedModel", folder: Path) -> None:
         sites, bottlenecks, _ = read_bottlenecks(causal_lm, folder)
         self._places = [
-            (bottleneck, causal_lm.get_submodule(site.module))
-            for site, bottleneck in zip(sites, bottlenecks, strict=True)
+            (bottleneck, causal_lm.get_submodule(module))
+            for module, bottleneck in zip(sites.values(), bottlenecks, strict=True)
         ]
         self._hooks: list[RemovableHandle] = []
 
     def switch_on(self) -> None:
-        """Let the bottlenecks act."""
         if not self._hooks:
             self._hooks = [bottleneck.hook_on(module) for bottleneck, module in self._places]
 
     def switch_off(self) -> None:
-        """Take the hooks away, so that the base is untouched."""
         while self._hooks:
             self._hooks.pop().remove()
 
     def remove(self) -> None:
-        """Switch off and let go of the weights."""
         self.switch_off()
         self._places = []
 

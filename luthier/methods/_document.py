@@ -6,8 +6,7 @@ import json
 import sys
 from typing import Any
 
-from luthier.methods._discover import discover
-from luthier.methods.base import Method
+from luthier.methods.base import Method, discover
 
 _HEAD = """# Parameters of the methods
 

@@ -1,18 +1,25 @@
-"""The two files of an adapter in PEFT's layout: weights and configuration, equal bytes for equal settings."""
+"""What PEFT holds: methods whose parameters it has, and the two files of an adapter in its layout."""
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from luthier.methods.base import Attached, Method
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 
 
 def write_adapter(folder: Path, weights: "dict[str, torch.Tensor]", config: dict[str, Any]) -> list[str]:
-    """Write an adapter's weights and its configuration, PEFT's `to_dict`; return the files' names."""
+    """Write an adapter's weights and its configuration, PEFT's `to_dict`; return the files' names.
+
+    Equal weights and settings give equal bytes.
+    """
     from safetensors.torch import save_file
 
     tensors = {name: weights[name].detach().cpu().contiguous() for name in sorted(weights)}
@@ -22,14 +29,37 @@ def write_adapter(folder: Path, weights: "dict[str, torch.Tensor]", config: dict
     return [WEIGHTS_NAME, CONFIG_NAME]
 
 
-def peft_type(folder: Path) -> str | None:
-    """Return the `peft_type` that a folder's configuration names; None where there is no such file."""
+def find_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration in an adapter's folder; an empty one where there is none that can be read."""
     try:
         config = json.loads((folder / CONFIG_NAME).read_bytes())
     except (OSError, ValueError):
-        return None
-    found = config.get("peft_type") if isinstance(config, dict) else None
-    return found if isinstance(found, str) else None
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+class PeftMethod(Method):
+    """A method whose parameters PEFT holds, under its name `peft_type`: what is saved loads in PEFT."""
+
+    peft_type: ClassVar[str]
+
+    def recognises(self, folder: Path) -> bool:
+        return find_config(folder).get("peft_type") == self.peft_type
+
+    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
+        return Attached(model=model.requires_grad_(False).eval(), causal_lm=causal_lm)
+
+
+def attach_peft(causal_lm: "PreTrainedModel", config: "PeftConfig") -> Attached:
+    """Let PEFT put an adapter on a base."""
+    from peft import get_peft_model
+
+    # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
+    causal_lm.name_or_path = config.base_model_name_or_path
+    return Attached(model=get_peft_model(causal_lm, config), causal_lm=causal_lm)
 
 
 def _plain(value: Any) -> Any:

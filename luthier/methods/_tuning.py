@@ -15,8 +15,7 @@ from luthier.core.errors import (
     shown_part,
 )
 from luthier.core.specs import BaseFacts, DpoOptions, Hyperparameters, TrainingSpec
-from luthier.methods._discover import discover
-from luthier.methods.base import Method, MethodParams, Workload
+from luthier.methods.base import Method, MethodParams, Workload, check_room, discover
 
 MAX_EPOCHS = 50
 MAX_BATCH_SIZE = 256
@@ -108,14 +107,8 @@ def room_in_context(spec: TrainingSpec, base: BaseFacts) -> int:
     """
     method, params = parse_tuning(spec.tuning)
     num_reserved = method.num_reserved_positions(params, base=base)
-    room = base.context_length - num_reserved
-    if room < 1:
-        raise InvalidValueError(
-            f"{num_reserved} virtual tokens leave no room for a real one: this base has "
-            f"{base.context_length} positions. Use fewer.",
-            param="tuning.num_virtual_tokens",
-        )
-    return room
+    check_room(num_reserved, base.context_length)
+    return base.context_length - num_reserved
 
 
 def parse_tuning(tuning: dict[str, Any]) -> tuple[Method, MethodParams]:

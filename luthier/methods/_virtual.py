@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, StringConstraints, ValidationInfo
 from pydantic_core import PydanticCustomError
 
-from luthier.core.errors import InvalidValueError
 from luthier.core.specs import Auto, BaseFacts
-from luthier.methods._peft import peft_type
-from luthier.methods.base import Attached, Method, Workload
+from luthier.methods._peft import PeftMethod
+from luthier.methods.base import Attached, Workload, check_room
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
 NumVirtualTokens = Annotated[int, Field(ge=1, le=1024)] | Auto
 InitText = Annotated[str, StringConstraints(min_length=1, max_length=10_000)] | None
@@ -41,13 +39,12 @@ def check_init_text(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
-class VirtualTokenMethod(Method):
+class VirtualTokenMethod(PeftMethod):
     """A method that trains virtual tokens before the sequence; PEFT's encoder holds them.
 
-    `peft_type` is PEFT's name of it, `most_auto_tokens` what "auto" is at most.
+    `most_auto_tokens` is what "auto" is at most.
     """
 
-    peft_type: ClassVar[str]
     most_auto_tokens: ClassVar[int]
     starting_params: ClassVar[frozenset[str]] = frozenset({"init", "init_text"})
     starts_as_base: ClassVar[bool] = False
@@ -64,21 +61,9 @@ class VirtualTokenMethod(Method):
         return _auto_tokens(self.most_auto_tokens, base)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
-        """Write the vectors in PEFT's two files."""
         from luthier.methods._virtual_tensors import save_encoded
 
         return save_encoded(attached, folder)
-
-    def recognises(self, folder: Path) -> bool:
-        """Whether PEFT's configuration there names this method."""
-        return peft_type(folder) == self.peft_type
-
-    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Put saved vectors on their base by PEFT itself."""
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
-        return Attached(model=model.requires_grad_(False).eval(), causal_lm=causal_lm)
 
     def take_weights(self, attached: Attached, folder: Path) -> None:
         """Begin at saved vectors; a projection, dropped on saving, begins anew without effect."""
@@ -109,13 +94,3 @@ def resolve_num_tokens(params: Any, workload: Workload, wanted: int) -> int:
 
 def _auto_tokens(wanted: int, base: BaseFacts) -> int:
     return max(1, min(wanted, base.context_length // _MAX_AUTO_SHARE))
-
-
-def check_room(num_virtual_tokens: int, context_length: int) -> None:
-    """Refuse virtual tokens that leave no position for a real one."""
-    if num_virtual_tokens >= context_length:
-        raise InvalidValueError(
-            f"{num_virtual_tokens} virtual tokens leave no room for a real one: this base has "
-            f"{context_length} positions. Use fewer.",
-            param="tuning.num_virtual_tokens",
-        )

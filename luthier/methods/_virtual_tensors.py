@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.methods._peft import WEIGHTS_NAME, write_adapter
-from luthier.methods._virtual import check_room
-from luthier.methods.base import Attached, Installed, Start
+from luthier.methods.base import Attached, Installed, Start, check_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,19 +63,15 @@ class ProjectedPrefix(PrefixEncoder):
     """A prefix that is trained through a two-layer network (Li & Liang 2021, section 4.3).
 
     The network's result is added to `start_NF`, so that a projected prefix may begin at real keys and values.
-
     Without `start_NF` the prefix begins at the network's own result, as PEFT draws it.
     """
 
     def __init__(self, config: Any, start_NF: torch.Tensor | None) -> None:
         super().__init__(config)
-        last = self.transform[-1]
-        if start_NF is None:
-            start_NF = torch.zeros(config.num_virtual_tokens, last.out_features)
-        else:
-            torch.nn.init.zeros_(last.weight)
-            torch.nn.init.zeros_(last.bias)
-        self.register_buffer("start_NF", start_NF, persistent=False)
+        zeros_NF = torch.zeros(config.num_virtual_tokens, self.transform[-1].out_features)
+        self.register_buffer("start_NF", zeros_NF, persistent=False)
+        if start_NF is not None:
+            self.begin_at(start_NF)
 
     @torch.no_grad()
     def begin_at(self, start_NF: torch.Tensor) -> None:
@@ -117,8 +112,13 @@ class InstalledVirtualTokens(Installed):
         return list(self._key_values)
 
 
-def check_positions(causal_lm: "PreTrainedModel", num_virtual_tokens: int) -> None:
-    """Refuse more virtual tokens than leave a position of this base for one real token."""
+def check_base(causal_lm: "PreTrainedModel", num_virtual_tokens: int) -> None:
+    """Refuse a base that nothing can be put before, or that has no position beside the virtual tokens.
+
+    The past of recurrent layers is no list of keys and values to begin from.
+    """
+    if getattr(causal_lm, "_is_stateful", False):
+        raise _unsuitable("has recurrent layers, which keep no keys and values")
     limit = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None:
         check_room(num_virtual_tokens, limit)
@@ -194,12 +194,6 @@ def run_for_key_values(causal_lm: "PreTrainedModel", **inputs: torch.Tensor) -> 
     finally:
         body.train(was_training)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-
-
-def check_keeps_key_values(causal_lm: "PreTrainedModel") -> None:
-    """Refuse a base with recurrent layers: its past is no list of keys and values to begin from."""
-    if getattr(causal_lm, "_is_stateful", False):
-        raise _unsuitable("has recurrent layers, which keep no keys and values")
 
 
 def check_fits(key_values: KeyValues, shape: KeyValueShape) -> None:

@@ -13,7 +13,6 @@ depend on such a factor. Houlsby's form is the same. PEFT has no bottleneck laye
 describes what is saved.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -23,7 +22,7 @@ from luthier.core.cost_model import MethodCost
 from luthier.core.errors import InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
-from luthier.methods._peft import CONFIG_NAME
+from luthier.methods._peft import find_config
 from luthier.methods.base import (
     Attached,
     Installed,
@@ -151,7 +150,7 @@ class Adapter(Method):
         _check_dim(dim, size)
         sites = find_sites(causal_lm, params.placement)
         causal_lm.requires_grad_(False)
-        # The name that is recorded on saving: an artifact names its base by id, never by a path.
+        # Recorded on saving: an artifact names its base by id, never by a path.
         causal_lm.name_or_path = start.base_id
         torch.manual_seed(start.seed)
         bottlenecks = [
@@ -168,24 +167,14 @@ class Adapter(Method):
         return Attached(model=causal_lm, causal_lm=causal_lm)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
-        """Write weights and configuration; equal weights give equal bytes."""
-        from luthier.methods._bottleneck import Bottleneck, find_sites, write_bottlenecks
+        from luthier.methods._bottleneck import write_bottlenecks
 
-        causal_lm = attached.causal_lm
-        placement = next(m.placement for m in causal_lm.modules() if isinstance(m, Bottleneck))
-        sites = find_sites(causal_lm, placement)
-        return write_bottlenecks(causal_lm, folder, sites, base_id=causal_lm.name_or_path)
+        return write_bottlenecks(attached.causal_lm, folder)
 
     def recognises(self, folder: Path) -> bool:
-        """Whether the configuration there is one of ours."""
-        try:
-            config = json.loads((folder / CONFIG_NAME).read_bytes())
-        except (OSError, ValueError):
-            return False
-        return isinstance(config, dict) and config.get("adapter_type") == ADAPTER_TYPE
+        return find_config(folder).get("adapter_type") == ADAPTER_TYPE
 
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Put a saved adapter on its base, frozen."""
         from luthier.methods._bottleneck import put_on, read_bottlenecks
 
         sites, bottlenecks, config = read_bottlenecks(causal_lm, folder)
@@ -195,7 +184,6 @@ class Adapter(Method):
         return Attached(model=causal_lm.eval(), causal_lm=causal_lm)
 
     def take_weights(self, attached: Attached, folder: Path) -> None:
-        """Fill the bottlenecks with a saved adapter's tensors."""
         from luthier.methods._bottleneck import take_bottlenecks
 
         take_bottlenecks(attached.causal_lm, folder)
@@ -207,10 +195,9 @@ class Adapter(Method):
         return InstalledBottlenecks(causal_lm, folder)
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
-        """Read the bottlenecks."""
-        from luthier.methods._bottleneck import read_bottleneck_parts
+        from luthier.methods._bottleneck import read_config_and_parts
 
-        return read_bottleneck_parts(folder, shape)
+        return ServedParts(bottlenecks=read_config_and_parts(folder, shape.hidden_size)[1])
 
 
 def _check_dim(dim: int, hidden_size: int) -> None:

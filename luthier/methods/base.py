@@ -10,12 +10,14 @@ key/value heads, C head size, B rows, T tokens, V vocabulary.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
+from luthier.core.plugins import discover_plugins
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
 
@@ -315,6 +317,34 @@ class Method(ABC):
 
     def _stands_alone(self) -> ArtifactCorruptError:
         return ArtifactCorruptError(f"An artifact of {self.name} is a whole model and needs no base.")
+
+
+@cache
+def discover() -> dict[str, Method]:
+    """Return every method by its name, in the order of the names. A new file is a new method."""
+    return discover_plugins("luthier.methods", [str(Path(__file__).parent)], "METHOD")
+
+
+def method_of_artifact(folder: Path) -> Method:
+    """Return the method that made an artifact.
+
+    Raises:
+        ArtifactCorruptError: when no method recognises it.
+    """
+    for method in discover().values():
+        if method.recognises(folder):
+            return method
+    raise ArtifactCorruptError("The artifact's configuration names no known method.")
+
+
+def check_room(num_virtual_tokens: int, context_length: int) -> None:
+    """Refuse virtual tokens that leave no position for a real one."""
+    if num_virtual_tokens >= context_length:
+        raise InvalidValueError(
+            f"{num_virtual_tokens} virtual tokens leave no room for a real one: this base has "
+            f"{context_length} positions. Use fewer.",
+            param="tuning.num_virtual_tokens",
+        )
 
 
 def resolved(value: Any) -> Any:

@@ -22,11 +22,10 @@ from luthier.methods._layers import (
     linear_shapes,
     shortest_names,
 )
-from luthier.methods._peft import peft_type, write_adapter
+from luthier.methods._peft import PeftMethod, attach_peft, write_adapter
 from luthier.methods.base import (
     Attached,
     Installed,
-    Method,
     MethodParams,
     ServedParts,
     Start,
@@ -66,12 +65,13 @@ class LoraParams(MethodParams):
     _pattern_compiles = field_validator("target_modules")(check_pattern)
 
 
-class Lora(Method):
+class Lora(PeftMethod):
     """Low-rank updates of linear layers, held by PEFT."""
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA: low-rank updates of linear layers"
     Params: ClassVar[type[MethodParams]] = LoraParams
+    peft_type: ClassVar[str] = "LORA"
     shaping_params: ClassVar[frozenset[str]] = frozenset(
         {"rank", "alpha", "target_modules", "use_rslora", "use_dora"}
     )
@@ -101,11 +101,10 @@ class Lora(Method):
     def attach(self, causal_lm: "PreTrainedModel", params: LoraParams, start: Start) -> Attached:
         """Replace the chosen layers by PEFT's, with A drawn from the seed and B zero."""
         import torch
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig
 
         shapes = linear_shapes(causal_lm)
-        experts = has_experts(causal_lm)
-        chosen = choose_layers(shapes, params.target_modules, has_experts=experts)
+        chosen = choose_layers(shapes, params.target_modules, has_experts=has_experts(causal_lm))
         rank = int(resolved(params.rank))
         _check_rank(rank, chosen)
         config = LoraConfig(
@@ -119,14 +118,10 @@ class Lora(Method):
             use_dora=params.use_dora,
             bias="none",
         )
-        # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
-        causal_lm.name_or_path = start.base_id
         torch.manual_seed(start.seed)
-        model = get_peft_model(causal_lm, config)
-        return Attached(model=model, causal_lm=causal_lm)
+        return attach_peft(causal_lm, config)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
-        """Write PEFT's two files; equal weights give equal bytes."""
         from peft import get_peft_model_state_dict
 
         weights = get_peft_model_state_dict(
@@ -134,19 +129,7 @@ class Lora(Method):
         )
         return write_adapter(folder, weights, attached.model.peft_config["default"].to_dict())
 
-    def recognises(self, folder: Path) -> bool:
-        """Whether PEFT's configuration there names LoRA."""
-        return peft_type(folder) == "LORA"
-
-    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        """Put a saved adapter on its base by PEFT itself."""
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
-        return Attached(model=model.eval(), causal_lm=causal_lm)
-
     def take_weights(self, attached: Attached, folder: Path) -> None:
-        """Fill PEFT's layers with a saved adapter's tensors."""
         from luthier.methods._lora_layers import take_lora
 
         take_lora(attached, folder)
@@ -158,7 +141,6 @@ class Lora(Method):
         return install_lora(causal_lm, folder)
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
-        """Read the updates of the linear layers."""
         from luthier.methods._lora_layers import read_lora
 
         return read_lora(folder, shape)
@@ -177,5 +159,3 @@ def _check_rank(rank: int, chosen: dict[str, tuple[int, int]]) -> None:
 
 
 METHOD = Lora()
-
-__all__ = ["METHOD", "Lora", "LoraParams"]

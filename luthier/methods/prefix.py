@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
+from luthier.methods._peft import attach_peft
 from luthier.methods._virtual import (
     InitText,
     NumVirtualTokens,
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 # Deviation of random starts: small, so that no random key draws the attention of every token.
 _RANDOM_DEVIATION = 0.02
 _LARGEST_AUTO_WIDTH = 512
-
-
 # For few rows, the usual number, and many.
 _AUTO_TOKENS = (16, 32, 64)
 
@@ -118,19 +117,12 @@ class Prefix(VirtualTokenMethod):
     def attach(self, causal_lm: "PreTrainedModel", params: PrefixParams, start: Start) -> Attached:
         """Put PEFT's encoder beside the base, with its first values as `init` says."""
         import torch
-        from peft import PrefixTuningConfig, get_peft_model
+        from peft import PrefixTuningConfig
 
-        from luthier.methods._virtual_tensors import (
-            ADAPTER,
-            KeyValueShape,
-            ProjectedPrefix,
-            check_keeps_key_values,
-            check_positions,
-        )
+        from luthier.methods._virtual_tensors import ADAPTER, KeyValueShape, ProjectedPrefix, check_base
 
         num_tokens = resolved(params.num_virtual_tokens)
-        check_keeps_key_values(causal_lm)
-        check_positions(causal_lm, num_tokens)
+        check_base(causal_lm, num_tokens)
         torch.manual_seed(start.seed)
         start_NF = _first_values(causal_lm, params, start)
         shape = KeyValueShape.of(causal_lm)
@@ -142,20 +134,19 @@ class Prefix(VirtualTokenMethod):
             num_attention_heads=shape.num_heads,
             token_dim=shape.width,
         )
-        # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
-        causal_lm.name_or_path = start.base_id
-        model = get_peft_model(causal_lm, config)
+        attached = attach_peft(causal_lm, config)
+        encoders = attached.model.prompt_encoder
         if params.projection:
             config.prefix_projection = True
             config.encoder_hidden_size = resolved(params.projection_dim)
             torch.manual_seed(start.seed)
             # A random start with a projection is the network's own, as PEFT draws it.
             projected = ProjectedPrefix(config, None if params.init == "random" else start_NF)
-            model.prompt_encoder[ADAPTER] = projected.to(device=causal_lm.device, dtype=torch.float32)
+            encoders[ADAPTER] = projected.to(device=causal_lm.device, dtype=torch.float32)
         else:
             with torch.no_grad():
-                model.prompt_encoder[ADAPTER].embedding.weight.copy_(start_NF)
-        return Attached(model=model, causal_lm=causal_lm)
+                encoders[ADAPTER].embedding.weight.copy_(start_NF)
+        return attached
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
         """Write the keys and values in PEFT's two files; a projection is dropped."""
@@ -174,7 +165,6 @@ class Prefix(VirtualTokenMethod):
         )
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
-        """Read the keys and values."""
         from luthier.methods._virtual_tensors import KeyValueShape, read_vectors, unpack
 
         kept = KeyValueShape.of_shape(shape)
@@ -225,5 +215,3 @@ def _first_values(causal_lm: "PreTrainedModel", params: PrefixParams, start: Sta
 
 
 METHOD = Prefix()
-
-__all__ = ["METHOD", "Prefix", "PrefixParams"]

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
+from luthier.methods._peft import attach_peft
 from luthier.methods._virtual import (
     InitText,
     NumVirtualTokens,
@@ -90,28 +91,25 @@ class Prompt(VirtualTokenMethod):
     def attach(self, causal_lm: "PreTrainedModel", params: PromptParams, start: Start) -> Attached:
         """Put PEFT's encoder beside the base, with its first values as `init` says."""
         import torch
-        from peft import PromptTuningConfig, get_peft_model
+        from peft import PromptTuningConfig
 
-        from luthier.methods._virtual_tensors import ADAPTER, check_keeps_key_values, check_positions
+        from luthier.methods._virtual_tensors import ADAPTER, check_base
 
         num_tokens = resolved(params.num_virtual_tokens)
-        check_keeps_key_values(causal_lm)
-        check_positions(causal_lm, num_tokens)
+        check_base(causal_lm, num_tokens)
         config = PromptTuningConfig(
             task_type="CAUSAL_LM",
             base_model_name_or_path=start.base_id,
             num_virtual_tokens=num_tokens,
             token_dim=causal_lm.get_input_embeddings().embedding_dim,
         )
-        # PEFT records the model's own name as the base; an artifact names its base by id, never by a path.
-        causal_lm.name_or_path = start.base_id
         # A base with dropout draws in training.
         torch.manual_seed(start.seed)
-        model = get_peft_model(causal_lm, config)
+        attached = attach_peft(causal_lm, config)
         with torch.no_grad():
             first_ND = _first_values(causal_lm, params, start)
-            model.prompt_encoder[ADAPTER].embedding.weight.copy_(first_ND)
-        return Attached(model=model, causal_lm=causal_lm)
+            attached.model.prompt_encoder[ADAPTER].embedding.weight.copy_(first_ND)
+        return attached
 
     def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
         """Run the vectors through the base once and keep their keys and values; the base is not changed."""
@@ -121,7 +119,6 @@ class Prompt(VirtualTokenMethod):
         return InstalledVirtualTokens(run_for_key_values(causal_lm, inputs_embeds=saved_ND[None]))
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
-        """Read the input vectors."""
         from luthier.methods._virtual_tensors import read_vectors
 
         return ServedParts(embeddings_ND=read_vectors(folder, shape.hidden_size))
@@ -176,5 +173,3 @@ def _first_values(causal_lm: "PreTrainedModel", params: PromptParams, start: Sta
 
 
 METHOD = Prompt()
-
-__all__ = ["METHOD", "Prompt", "PromptParams"]

@@ -13,8 +13,7 @@ from luthier.core.errors import (
     shown_part,
 )
 from luthier.core.settings import Settings
-from luthier.trackers._discover import discover
-from luthier.trackers.base import Tracker, TrackerConfig
+from luthier.trackers.base import Tracker, TrackerConfig, discover
 
 
 def check_integrations(integrations: Sequence[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:

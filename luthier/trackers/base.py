@@ -6,11 +6,14 @@ Checking happens in the API, writing in the worker. Neither knows a tracker by n
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from luthier.core.plugins import discover_plugins
 from luthier.core.settings import Settings
 
 Text = Annotated[str, Field(min_length=1, max_length=128)]
@@ -76,3 +79,9 @@ class Tracker(ABC):
     def is_installed(self) -> bool:
         """Whether this machine has the package that it needs."""
         return self.package is None or find_spec(self.package) is not None
+
+
+@cache
+def discover() -> dict[str, Tracker]:
+    """Return every tracker by its name, in the order of the names. A new file is a new tracker."""
+    return discover_plugins("luthier.trackers", [str(Path(__file__).parent)], "TRACKER")
