@@ -38,7 +38,6 @@ class CatalogueEntry(BaseModel):
 
     @property
     def source_kind(self) -> Literal["hf", "path", "pypi"]:
-        """Which of the three kinds of source this is."""
         match = _SOURCE.fullmatch(self.source)
         if match is None:
             raise LuthierError(

@@ -109,17 +109,14 @@ class InstalledLora(Installed):
         self._layers = layers
 
     def switch_on(self) -> None:
-        """Put PEFT's layers in their places."""
         for parent, name, layer in self._layers:
             setattr(parent, name, layer)
 
     def switch_off(self) -> None:
-        """Put the base's own layers back."""
         for parent, name, layer in self._layers:
             setattr(parent, name, layer.base_layer)
 
     def remove(self) -> None:
-        """Put the base's own layers back and forget the others."""
         self.switch_off()
         self._layers = []
 

@@ -44,7 +44,6 @@ class KeyValueShape:
 
     @classmethod
     def of(cls, causal_lm: "PreTrainedModel") -> "KeyValueShape":
-        """Read the shape off the base's configuration."""
         config = causal_lm.config.get_text_config()
         num_query_heads = config.num_attention_heads
         return cls(
@@ -104,11 +103,9 @@ class InstalledVirtualTokens(Installed):
         """Do nothing: the base has no part of the artifact."""
 
     def remove(self) -> None:
-        """Drop the keys and values."""
         self._key_values = []
 
     def prefix(self) -> KeyValues:
-        """Return the keys and values of every layer, each [H, N, C]."""
         return list(self._key_values)
 
 
@@ -245,7 +242,6 @@ def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.
 
 
 def take_encoded(attached: Attached, folder: Path) -> None:
-    """Let PEFT's encoder give the vectors of an artifact of as many virtual tokens."""
     with torch.no_grad():
         num_tokens, width = encoded(attached).shape
     saved_NF = read_vectors(folder, width)

@@ -128,7 +128,6 @@ class Adapter(Method):
         return params.model_copy(update={"bottleneck_dim": dim, "dropout": dropout})
 
     def base_learning_rate(self, params: AdapterParams, *, base: BaseFacts) -> float:  # noqa: ARG002
-        """Return the peak rate, lower for wider models."""
         return adapter_learning_rate(base)
 
     def cost(self, params: AdapterParams, shape: BaseShape) -> MethodCost:

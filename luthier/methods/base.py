@@ -106,7 +106,6 @@ class Attached:
 
     @property
     def num_trained_parameters(self) -> int:
-        """How many numbers are trained."""
         return sum(parameter.numel() for _, parameter in self.named_trained_parameters())
 
 
@@ -148,14 +147,12 @@ class ServedParts:
 
     @property
     def num_virtual_tokens(self) -> int:
-        """Virtual tokens before every sequence."""
         if self.embeddings_ND is not None:
             return len(self.embeddings_ND)
         return int(self.key_values[0][0].shape[1]) if self.key_values else 0
 
     @property
     def tensors(self) -> "list[torch.Tensor]":
-        """All tensors of the artifact."""
         found: list[torch.Tensor | None] = [self.embeddings_ND]
         for low_rank in self.low_ranks:
             found += [low_rank.a_RK, low_rank.b_OR, low_rank.magnitude_O]

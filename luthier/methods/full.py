@@ -59,8 +59,6 @@ class FullParams(MethodParams):
 
 
 class Full(Method):
-    """Training of the base's own weights."""
-
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full: every weight of the base"
     Params: ClassVar[type[MethodParams]] = FullParams
@@ -73,11 +71,9 @@ class Full(Method):
     )
 
     def resolve(self, params: FullParams, workload: Workload) -> FullParams:  # noqa: ARG002
-        """Return the parameters; none of them can be "auto"."""
         return params
 
     def base_learning_rate(self, params: FullParams, *, base: BaseFacts) -> float:  # noqa: ARG002
-        """Return the peak rate, lower for wide models."""
         return 5e-5 if base.hidden_size <= 2048 else 2e-5
 
     def cost(self, params: FullParams, shape: BaseShape) -> MethodCost:
@@ -126,7 +122,6 @@ class Full(Method):
         return sorted(name for name in written if (folder / name).is_file())
 
     def recognises(self, folder: Path) -> bool:
-        """Whether the folder holds a whole model."""
         has_adapter = (folder / ADAPTER_CONFIG_NAME).exists()
         return not has_adapter and all((folder / name).is_file() for name in (_CONFIG_NAME, _WEIGHTS_NAME))
 

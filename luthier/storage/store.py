@@ -279,7 +279,6 @@ class Storage:
         return _LocalSink(self.local_root / key, key)
 
     def put_bytes(self, key: str, content: bytes) -> None:
-        """Write a small object whole."""
         with _written():
             obstore.put(self.objects, key, content)
             self.settle(key)

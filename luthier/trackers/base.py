@@ -57,8 +57,6 @@ class TrackerRun(ABC):
 
 
 class Tracker(ABC):
-    """One kind of tracker."""
-
     # As `integrations` name it, also the member that holds its configuration.
     name: ClassVar[str]
     Config: ClassVar[type[TrackerConfig]] = TrackerConfig

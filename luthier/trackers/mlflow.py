@@ -21,8 +21,6 @@ _STATUS: dict[RunStatus, str] = {
 
 
 class MlflowConfig(TrackerConfig):
-    """`project`, `name` and `tags`."""
-
     tags: Tags | None = None
 
 

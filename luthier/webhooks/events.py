@@ -14,7 +14,6 @@ EVENT_TYPES = tuple(_OF_STATUS.values())
 
 
 def event_type_of(status: JobStatus) -> str:
-    """Return the type of the event of a job's end."""
     return _OF_STATUS[status]
 
 

@@ -99,7 +99,6 @@ class TargetRules:
 
     @classmethod
     def parse(cls, *, allow_http: bool, allowed_targets: str) -> "TargetRules":
-        """Read the two settings."""
         hosts, networks = set(), []
         for entry in filter(None, (part.strip().lower() for part in allowed_targets.split(","))):
             try:

@@ -37,11 +37,9 @@ class FieldsFormat(RowFormat):
         """Return the row of checked texts; an optional one that is absent is empty."""
 
     def make_row(self, row: dict[str, Any]) -> Row:
-        """Return a row that breaks no rule."""
         return self.row_of({key: "" if row.get(key) is None else str(row[key]) for key in self.keys})
 
     def check(self, row: dict[str, Any]) -> list[Broken]:
-        """Return the rules that a row breaks."""
         advice = f"a row of the format {self.name} has {', '.join([*self._required, *self._optional])}."
         broken = check_keys(row, self.keys, "", "row.unknown_key", advice)
         for key in (*self._required, *self._optional):

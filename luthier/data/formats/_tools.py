@@ -70,7 +70,6 @@ def _check_function(function: Any, path: str) -> list[Broken]:
 
 
 def check_name(name: Any, path: str) -> list[Broken]:
-    """Check the name of a tool."""
     if not isinstance(name, str):
         return [(path, "tool.name", f"A tool's name must be a string: {_NAME_RULE}")]
     if _NAME.fullmatch(name) is None:
@@ -141,5 +140,4 @@ def to_definitions(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def to_call(id_: str, function: dict[str, Any]) -> ToolCall:
-    """Return a checked call."""
     return ToolCall(id_, function["name"], json.loads(function["arguments"]))

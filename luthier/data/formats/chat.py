@@ -79,11 +79,9 @@ class ChatFormat(RowFormat):
         )
 
     def make_row(self, row: dict[str, Any]) -> Row:
-        """Return a row that breaks no rule."""
         return Row(to_turns(row["messages"]), to_definitions(row))
 
     def check(self, row: dict[str, Any]) -> list[Broken]:
-        """Return the rules that a row breaks."""
         broken = check_keys(row, _KEYS, "", "row.unknown_key", f"a chat row has {', '.join(_KEYS)}.")
         broken += check_definitions(row)
         key = "parallel_tool_calls"

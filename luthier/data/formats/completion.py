@@ -9,10 +9,7 @@ from luthier.data.formats.base import Row
 
 
 class CompletionFormat(FieldsFormat):
-    """Rows of `prompt` and `completion`."""
-
     def row_of(self, texts: dict[str, str]) -> Row:
-        """Return the row."""
         return asked_and_answered(texts["prompt"], texts["completion"], is_plain=True)
 
 

@@ -9,10 +9,7 @@ from luthier.data.formats.base import Row
 
 
 class InstructionFormat(FieldsFormat):
-    """Rows of `instruction`, perhaps `input`, and `output`."""
-
     def row_of(self, texts: dict[str, str]) -> Row:
-        """Return the row."""
         asked = "\n\n".join(text for text in (texts["instruction"], texts["input"]) if text)
         return asked_and_answered(asked, texts["output"])
 

@@ -8,10 +8,7 @@ from luthier.data.formats.base import Row
 
 
 class LabelsFormat(FieldsFormat):
-    """Rows of `text` and `label`."""
-
     def row_of(self, texts: dict[str, str]) -> Row:
-        """Return the row."""
         return asked_and_answered(texts["text"], texts["label"])
 
 

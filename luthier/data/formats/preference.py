@@ -17,22 +17,18 @@ _ALIASES = {"preferred_completion": "preferred_output", "non_preferred_completio
 
 
 class PreferenceFormat(RowFormat):
-    """Rows of an input and two outputs."""
-
     name = "preference"
     signature = frozenset({"input", *_OUTPUTS})
     keys = frozenset({"input", *_OUTPUTS, *_ALIASES})
     json_keys = keys
 
     def make_row(self, row: dict[str, Any]) -> Row:
-        """Return a row that breaks no rule."""
         row = _with_newer_names(row)
         prompt = to_turns(row["input"]["messages"], is_trained=False)
         preferred, rejected = (to_turns(row[output]) for output in _OUTPUTS)
         return Row([*prompt, *preferred], to_definitions(row["input"]), [*prompt, *rejected])
 
     def check(self, row: dict[str, Any]) -> list[Broken]:
-        """Return the rules that a row breaks."""
         known = ", ".join(["input", *_OUTPUTS])
         broken: list[Broken] = []
         for key in row:

@@ -48,7 +48,6 @@ class ShareGptFormat(RowFormat):
     json_keys = frozenset({"conversations", "tools"})
 
     def check(self, row: dict[str, Any]) -> list[Broken]:
-        """Return the rules that a row breaks."""
         broken = check_keys(row, _KEYS, "", "row.unknown_key", f"a ShareGPT row has {', '.join(_KEYS)}.")
         broken += check_type(row, "system", str, "", "field.type", "a string")
         tools = _parse_tools(row.get("tools"))
@@ -69,7 +68,6 @@ class ShareGptFormat(RowFormat):
         return _check_order(row, [_ROLES[turn["from"]] for turn in turns])
 
     def make_row(self, row: dict[str, Any]) -> Row:
-        """Return a row that breaks no rule."""
         turns: list[Turn] = []
         if row.get("system"):
             turns.append(Turn("system", row["system"], None, False))

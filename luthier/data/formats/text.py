@@ -5,10 +5,7 @@ from luthier.data.formats.base import Row, Turn
 
 
 class TextFormat(FieldsFormat):
-    """Rows of `text` alone."""
-
     def row_of(self, texts: dict[str, str]) -> Row:
-        """Return the row."""
         return Row([Turn("assistant", texts["text"], None, True)], is_plain=True)
 
 

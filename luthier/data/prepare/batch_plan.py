@@ -23,7 +23,6 @@ class Plan:
 
     @property
     def num_steps(self) -> int:
-        """Steps in all epochs together."""
         return len(self.steps)
 
     def epoch_of(self, step: int) -> float:
@@ -31,7 +30,6 @@ class Plan:
         return step / self.steps_per_epoch
 
     def ends_epoch(self, step: int) -> bool:
-        """Whether a step is the last of its epoch."""
         return step % self.steps_per_epoch == 0
 
 

@@ -9,7 +9,6 @@ _PREFERENCE = "preference"
 
 
 def learns_from(format_name: str, *, wants_pairs: bool) -> bool:
-    """Whether a job learns from rows of a format."""
     return (format_name == _PREFERENCE) == wants_pairs
 
 

@@ -34,17 +34,14 @@ class PreparedRows:
 
     @property
     def num_rows(self) -> int:
-        """Number of rows."""
         return len(self.lines)
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens of all rows."""
         return len(self.tokens)
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Number of supervised tokens."""
         return int(self.supervised.sum())
 
     @property
@@ -75,12 +72,10 @@ class RowWriter:
 
     @property
     def num_rows(self) -> int:
-        """How many rows were added."""
         return len(self._lines)
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens they have."""
         return self._ends[-1]
 
     def add(self, tokens: npt.NDArray[np.int32], supervised: npt.NDArray[np.bool_], line: int) -> None:

@@ -60,14 +60,11 @@ class Failure(msgspec.Struct):
 
 
 class Answer(msgspec.Struct):
-    """Either member."""
-
     prepared: Prepared | None = None
     failure: Failure | None = None
 
 
 def main(folder: Path) -> None:
-    """Prepare the files in the folder, and write the answer."""
     question = msgspec.json.decode((folder / QUESTION_NAME).read_bytes(), type=Question)
     # What grows with the rows is in unnamed files too (prepared_rows.py), which vanish with the process.
     tempfile.tempdir = str(folder)

@@ -58,7 +58,6 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 
 def too_long(number: int, max_bytes: int, row: int | None = None) -> Fault:
-    """Return the fault of a row that is longer than allowed."""
     what = "line" if row is None else "row"
     advice = f"The {what} is longer than {max_bytes} bytes; shorten or split the row."
     return Fault(number, None, None, "line.too_long", advice, row)

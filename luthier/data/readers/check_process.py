@@ -86,7 +86,6 @@ class CheckProcess:
         return found
 
     def kill(self) -> None:
-        """Kill the process."""
         self._process.kill()
 
     def close(self) -> None:
@@ -105,7 +104,6 @@ def _check(question: _Question) -> FileFacts:
 
 
 def main() -> None:
-    """Check the file, and write the answer on stdout."""
     os.nice(_NICENESS)
     question = msgspec.json.decode(sys.argv[1], type=_Question)
     write_answer(lambda: _check(question), (InvalidFileFormatError,))

@@ -129,7 +129,6 @@ class _Table:
             yield Fault(number, None, name, "csv.missing_column", advice)
 
     def read(self, record: bytes, number: int) -> RawRow | Fault:
-        """Return the row of a record, or its fault."""
         if (place := record.find(b"\0")) >= 0:
             advice = "The row holds a NUL byte; save the file as plain UTF-8 text, not UTF-16 or binary."
             return Fault(number, place + 1, None, "text.nul", advice)

@@ -13,7 +13,6 @@ _CHUNK_BYTES = 1024 * 1024
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """Yield the bytes of a file."""
     with path.open("rb") as source:
         while chunk := source.read(_CHUNK_BYTES):
             yield chunk
@@ -71,7 +70,6 @@ class FileRows:
         return [(raw._replace(content=b""), self.format.make_row(row))]
 
     def check(self, raw: RawRow) -> list[Fault]:
-        """Return the faults of a raw row."""
         assert self.format is not None, "the first row decides it"
         if self.format.accepts_by_type(raw.content):
             return []

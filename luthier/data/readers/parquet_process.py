@@ -148,7 +148,6 @@ def _without_nulls(value: Any) -> Any:
 
 
 def main() -> None:
-    """Write the rows of the file on stdin."""
     limits = msgspec.json.decode(sys.argv[1], type=Limits)
     limit_process()
     pa.set_cpu_count(1)

@@ -128,13 +128,6 @@ _CALL_PROBE: list[dict[str, Any]] = [
     },
 ]
 
-_PROBE_ANSWER = {"role": "assistant", "content": "An answer."}
-_PROBES: tuple[list[dict[str, str]], ...] = (
-    [{"role": "user", "content": "x"}],
-    [{"role": "system", "content": "s"}, {"role": "user", "content": "x"}],
-    [{"role": "user", "content": "x"}, _PROBE_ANSWER, {"role": "user", "content": "y\nz"}],
-)
-
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     tokens: dict[str, str] = {}
@@ -213,25 +206,6 @@ class ChatTemplate:
                 if "{'a': 1}" not in text:
                     return as_text
         return False
-
-    @functools.cached_property
-    def answer_delimiters(self) -> tuple[str, str] | None:
-        """The texts before and after the last answer, where they don't depend on what precedes it.
-
-        Tried on a few conversations: the answer must follow the generation prompt, as it is written. None
-        for a template of another kind.
-        """
-        found: set[tuple[str, str]] = set()
-        for messages in _PROBES:
-            with contextlib.suppress(InvalidValueError):
-                before = self.render(messages, add_generation_prompt=False)
-                asked = self.render(messages, add_generation_prompt=True)
-                answered = self.render([*messages, _PROBE_ANSWER], add_generation_prompt=False)
-                up_to_end = asked + _PROBE_ANSWER["content"]
-                if not asked.startswith(before) or not answered.startswith(up_to_end):
-                    return None
-                found.add((asked[len(before) :], answered[len(up_to_end) :]))
-        return found.pop() if len(found) == 1 else None
 
     def render(
         self,

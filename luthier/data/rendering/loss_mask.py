@@ -119,13 +119,10 @@ def render_turns(
     for place, turn in enumerate(turns):
         if not turn.is_trained:
             continue
-        is_last = place == len(turns) - 1
         so_far = text
-        if not is_last:
+        if place < len(turns) - 1:
             so_far = template.render(messages[: place + 1], add_generation_prompt=False, tools=tools)
-        start = _find_last_start(template, turn, so_far) if is_last and not tools else None
-        if start is None:
-            start = _find_start(template, messages[:place], so_far, tools)
+        start = _find_start(template, messages[:place], so_far, tools)
         if start is None or not text.startswith(so_far):
             raise InvalidValueError(
                 "The base's chat template renders this assistant message differently when it stands last, "
@@ -184,17 +181,6 @@ def encode_rows(tokenizer: Tokenizer, rows: Sequence[RenderedRow]) -> list[Encod
             )
         found.append(encoding)
     return found
-
-
-def _find_last_start(template: ChatTemplate, turn: Turn, text: str) -> int | None:
-    """Return where the last turn's own text begins, where that is certain without another rendering."""
-    delimiters = template.answer_delimiters
-    if delimiters is None or turn.tool_calls or turn.reasoning or turn.content is None:
-        return None
-    opening, closing = delimiters
-    if not opening or not text.endswith(f"{opening}{turn.content}{closing}"):
-        return None
-    return len(text) - len(closing) - len(turn.content)
 
 
 def _find_start(

@@ -207,6 +207,9 @@ class Tokenizer:
                 "choose a base with a byte-level or byte-fallback tokenizer."
             )
         self._is_byte_level = "ByteLevel" in kinds
+        if self._is_byte_level:
+            # It may leave spaces out of a token's span.
+            inner.post_processor = None
         # Such decoders drop the one space that their normaliser put before the first word.
         self.strips_first_space = any(
             (step["type"] == "Strip" and step["content"] == " " and step["start"] == 1)
@@ -268,56 +271,16 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode many texts at once, on all cores: ids, int32 [T], and spans of characters, int64 [T, 2]."""
         split = [self._special.split(text) for text in texts]
-        encodings = iter(self._encode_pieces([piece for pieces in split for piece in pieces]))
+        encoded = self.pipeline.encode_batch(
+            [piece for pieces in split for piece in pieces], add_special_tokens=False
+        )
+        encodings = map(self._with_spans, encoded)
         return [_join(pieces, [next(encodings) for _ in pieces]) for pieces in split]
-
-    def _encode_pieces(self, texts: Sequence[str]) -> list[Encoding]:
-        if not self._is_byte_level:
-            encodings = self.pipeline.encode_batch(list(texts), add_special_tokens=False)
-            return [self._with_spans(encoding) for encoding in encodings]
-        encodings = self.pipeline.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [
-            self._find_spans(text, encoding.ids)
-            or self._with_spans(self.pipeline.encode(text, add_special_tokens=False))
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
 
     @staticmethod
     def _with_spans(encoding: tokenizers.Encoding) -> Encoding:
         spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2)
         return Encoding(np.asarray(encoding.ids, dtype=np.int32), spans)
-
-    @functools.cached_property
-    def _pieces(self) -> tuple[list[bytes], npt.NDArray[np.int64]]:
-        """The bytes of every token, and how many they are."""
-        pieces = [self.token_bytes(token_id) for token_id in range(self.vocab_size)]
-        return pieces, np.fromiter(map(len, pieces), np.int64, len(pieces))
-
-    def _find_spans(self, text: str, ids: list[int]) -> Encoding | None:
-        """Return the spans by the tokens' own bytes, None where these do not make up the text.
-
-        The library takes longer for the spans than for the tokens.
-        """
-        if not ids or max(ids) >= self.vocab_size:
-            return None
-        pieces, lengths = self._pieces
-        content = text.encode()
-        if b"".join([pieces[token_id] for token_id in ids]) != content:
-            return None
-        found = np.fromiter(ids, np.int32, len(ids))
-        sizes = lengths[found]
-        if not sizes.all():
-            return None
-        ends = np.cumsum(sizes)
-        starts = ends - sizes
-        if len(content) != len(text):
-            # From bytes to characters: a token that is a part of a character covers all of it.
-            raw = np.frombuffer(content, np.uint8)
-            place = np.cumsum((raw & 0xC0) != 0x80) - 1
-            starts, ends = place[starts], place[ends - 1] + 1
-        spans = np.empty((len(found), 2), np.int64)
-        spans[:, 0], spans[:, 1] = starts, ends
-        return Encoding(found, spans)
 
     def is_special(self, token_id: int) -> bool:
         """Whether a token is special, such as an end of turn, which answers don't show."""

@@ -89,7 +89,6 @@ def _wait(process: subprocess.Popen[bytes], deadline: float, is_given_up: Callab
 
 
 def main() -> None:
-    """Write the report on stdout."""
     question = _Question.model_validate_json(sys.argv[1])
     write_answer(lambda: report_on_file(**dict(question)), tuple(_REFUSALS.values()))
 

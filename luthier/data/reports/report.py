@@ -148,7 +148,6 @@ class _Reporter:
         self.tokens = TokenCounts(self.context_length)
 
     def add_validation(self, batch: _Batch) -> None:
-        """Take rows of the validation file."""
         assert self.overlap is not None
         rows = [item for item in batch if not isinstance(item, Fault)]
         for raw, row in rows:
@@ -157,7 +156,6 @@ class _Reporter:
         self.overlap.near_index.find_and_add(signatures, np.array([raw.number for raw, _ in rows], np.int64))
 
     def add(self, batch: _Batch) -> None:
-        """Take rows of the file."""
         rows = [item for item in batch if not isinstance(item, Fault)]
         self.num_rows += len(rows)
         self._look_for_repeats(rows)

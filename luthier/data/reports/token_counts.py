@@ -14,8 +14,6 @@ _NUM_LONGEST = 10
 
 
 class TokenCounts:
-    """Counts rows by their tokens."""
-
     def __init__(self, context_length: int) -> None:
         self._context_length = context_length
         self._counts = np.zeros(_MAX_LENGTH + 1, np.int64)
