@@ -52,10 +52,12 @@ def is_alive(pid: int) -> bool:
 class Stack:
     """One `luthier up`, or a stand-in for it: its process, output and home.
 
-    Its folder has a short path that every user may enter; `command` is given home and port.
+    Its folder has a short path that every user may enter; `command` is given home and port. `root` is the tree whose
+    code runs.
     """
 
-    def __init__(self, folder: Path, command: Callable[[Path, int], list[str]]) -> None:
+    def __init__(self, folder: Path, command: Callable[[Path, int], list[str]], root: Path = ROOT) -> None:
+        self.root = root
         self.home = folder / "home"
         self.port = free_port()
         self.command = command(self.home, self.port)
@@ -73,7 +75,7 @@ class Stack:
         with self.output_path.open("wb") as output:
             self.process = subprocess.Popen(
                 self.command,
-                cwd=ROOT,
+                cwd=self.root,
                 env={**self.environment, **environment},
                 stdout=output,
                 stderr=output,
@@ -117,7 +119,7 @@ def up_command(home: Path, port: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def tiny_stack(**environment: str) -> Iterator[Stack]:
+def tiny_stack(root: Path = ROOT, **environment: str) -> Iterator[Stack]:
     """Hold the whole real service over the tiny base, ready."""
     with stack_folder() as folder:
         build_tiny_base(folder / "bases" / BASE_ID)
@@ -126,7 +128,7 @@ def tiny_stack(**environment: str) -> Iterator[Stack]:
             f'[bases.{BASE_ID}]\nsource = "path:{folder / "bases" / BASE_ID}"\nlicence = "Apache-2.0"\n'
             f"context_length = {CONTEXT_LENGTH}\nmemory_gib = 0.1\n"
         )
-        made = Stack(folder, up_command)
+        made = Stack(folder, up_command, root)
         made.environment |= {
             "LUTHIER_BASES_DIR": str(folder / "bases"),
             "LUTHIER_MODELS_FILE": str(models_file),

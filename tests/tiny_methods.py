@@ -17,7 +17,7 @@ from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.errors import UnsupportedValueError
 from luthier.core.specs import BaseFacts
 from luthier.data.prepare.prepared_rows import PreparedRows
-from luthier.methods import Attached, Installed, Method, MethodParams, Start, Workload, discover
+from luthier.methods import Attached, Method, MethodParams, Start, Workload, discover
 from luthier.methods._tuning import check_tuning, parse_tuning
 from luthier.modeling.load import load_base
 from luthier.modeling.training_protocols import Batch
@@ -205,18 +205,6 @@ def train(job_model: JobModel, case: Case, num_steps: int) -> list[float]:
     losses = [step(job_model, optimizer, [everything()], learning_rate=rate).loss for _ in range(num_steps)]
     job_model.attached.model.eval()
     return losses
-
-
-@torch.no_grad()
-def logits_on(causal_lm: PreTrainedModel, installed: Installed, token_ids_BT: torch.Tensor) -> torch.Tensor:
-    """Run a base on which an artifact is switched on, its prefix before every row."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, pair in enumerate(installed.prefix()):
-        keys, values = (part[None].expand(len(token_ids_BT), -1, -1, -1) for part in pair)
-        cache.update(keys, values, layer)
-    return causal_lm(input_ids=token_ids_BT, past_key_values=cache).logits
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> str:

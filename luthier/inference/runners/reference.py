@@ -7,6 +7,7 @@ Legend: `B` sequences, `T` tokens of this pass, `W` tokens in the cache, `V` voc
 size, `H` key/value heads, `C` head size.
 """
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,9 +20,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from luthier.core.errors import ArtifactCorruptError, InvalidRequestError, SelfCheckError
+from luthier.core.errors import ArtifactCorruptError, InvalidRequestError
 from luthier.inference.runners.paged import PagedLogits
-from luthier.methods import Installed, method_of_artifact
+from luthier.methods import Attached, Method, method_of_artifact
 from luthier.modeling.protocols import (
     AdapterId,
     AdapterInfo,
@@ -44,7 +45,7 @@ _MISFIT = (RuntimeError, ValueError, KeyError, TypeError, OSError, SafetensorErr
 
 
 class ReferenceRunner:
-    """A model of transformers with the adapters that its methods install. Only one is switched on at a time.
+    """A model of transformers, and one for each adapter as its method loads it. All share the weights.
 
     Args:
         model: keeps keys and values of every layer in transformers' cache.
@@ -53,12 +54,10 @@ class ReferenceRunner:
     def __init__(self, model: PreTrainedModel, *, num_blocks: int, max_sequences: int) -> None:
         self._model = model
         self._ids = itertools.count()
-        self._adapters: dict[AdapterId, tuple[Installed, Prefix]] = {}
-        self._active: AdapterId | None = None
-        layers, self._bare_logits_V = self._run_one_token()
+        self._adapters: dict[AdapterId, tuple[PreTrainedModel, Prefix]] = {}
         self._layers = [
             [part.new_empty(num_blocks, part.shape[1], _BLOCK_SIZE, part.shape[3]) for part in pair]
-            for pair in layers
+            for pair in self._run_one_token()
         ]
         config = model.config.get_text_config()
         self.limits = RunnerLimits(
@@ -82,39 +81,27 @@ class ReferenceRunner:
         """Return the source as it is: methods read their own files."""
         return source
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def add_adapter(self, source: AdapterSource) -> AdapterInfo:
-        """Install an adapter, switched off.
+        """Load an adapter by its own method, on modules of its own over the model's weights.
 
         Raises:
             ArtifactCorruptError: when it does not fit the model.
-            SelfCheckError: when the model is another with the adapter switched off than it was without it.
         """
-        self._activate(None)
-        adapter = next(self._ids)
-        installed: Installed | None = None
+        method = method_of_artifact(source.folder)
         try:
-            installed = method_of_artifact(source.folder).install(self._model, source.folder, f"a{adapter}")
-            prefix = installed.prefix()
-            installed.switch_on()
-            installed.switch_off()
-            if not torch.equal(self._run_one_token()[1], self._bare_logits_V):
-                raise SelfCheckError("The artifact changes its base for others; it is not served.")
-        except BaseException as error:
-            if installed is not None:
-                installed.remove()
-            if isinstance(error, _MISFIT):
-                raise ArtifactCorruptError("The artifact can't be loaded on its base model.") from error
-            raise
-        self._adapters[adapter] = installed, prefix
+            attached = method.load(share_weights(self._model), source.folder)
+            prefix = _prefix(method, attached)
+        except _MISFIT as error:
+            raise ArtifactCorruptError("The artifact can't be loaded on its base model.") from error
+        adapter = next(self._ids)
+        self._adapters[adapter] = attached.causal_lm, prefix
         num_bytes = sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
         return AdapterInfo(adapter, prefix[0][0].shape[1] if prefix else 0, num_bytes)
 
     def remove_adapter(self, adapter: AdapterId) -> None:
-        """Take an adapter off the model."""
-        if adapter == self._active:
-            self._activate(None)
-        self._adapters.pop(adapter)[0].remove()
+        """Drop an adapter's modules."""
+        del self._adapters[adapter]
 
     @torch.inference_mode()
     def execute(
@@ -125,19 +112,19 @@ class ReferenceRunner:
         if on_launch is not None:
             on_launch()
         chunks = [self._without_virtual(chunk) for chunk in batch.chunks]
-        self._activate(adapter)
+        model = self._model if adapter is None else self._adapters[adapter][0]
         found: dict[int, torch.Tensor] = {}
         singles = [place for place, chunk in enumerate(chunks) if len(chunk.token_ids) == 1]
         others = [[place] for place in range(len(chunks)) if len(chunks[place].token_ids) > 1]
         for places in ([singles] if singles else []) + others:
-            logits_BTV = self._run([chunks[place] for place in places])
+            logits_BTV = self._run(model, [chunks[place] for place in places])
             for place, logits_TV in zip(places, logits_BTV, strict=True):
                 found[place] = logits_TV[chunks[place].logits_from :]
         return ReferenceLogits(torch.cat([found[place] for place in range(len(chunks))]))
 
-    def _run(self, chunks: list[TokenChunk]) -> torch.Tensor:
+    def _run(self, model: PreTrainedModel, chunks: list[TokenChunk]) -> torch.Tensor:
         """Run chunks of one length, their cached tokens padded on the left; return logits_BTV."""
-        device, num_tokens = self._model.device, len(chunks[0].token_ids)
+        device, num_tokens = model.device, len(chunks[0].token_ids)
         width = max(chunk.first_position for chunk in chunks)
         past = DynamicCache()
         if width:
@@ -148,7 +135,7 @@ class ReferenceRunner:
         mask_BW = (columns_1W >= width - firsts_B1).long()
         positions_BT = firsts_B1 + torch.arange(num_tokens, device=device)
         ids_BT = torch.tensor([list(chunk.token_ids) for chunk in chunks], device=device)
-        logits_BTV = forward(self._model, past, ids_BT, mask_BW, positions_BT)
+        logits_BTV = forward(model, past, ids_BT, mask_BW, positions_BT)
         for pair, layer in zip(self._layers, past.layers, strict=True):
             for part, whole_BHWC in zip(pair, (layer.keys, layer.values), strict=True):
                 for chunk, whole_HWC in zip(chunks, whole_BHWC, strict=True):
@@ -192,21 +179,11 @@ class ReferenceRunner:
         )
 
     @torch.inference_mode()
-    def _run_one_token(self) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """Return keys and values [1, H, 1, C] of a token in each layer, and its logits [V]."""
+    def _run_one_token(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return keys and values [1, H, 1, C] of a token in each layer."""
         past, one_11 = DynamicCache(), torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
-        logits_11V = forward(self._model, past, one_11, torch.ones_like(one_11), one_11)
-        return [(layer.keys, layer.values) for layer in past.layers], logits_11V[0, 0]
-
-    def _activate(self, adapter: AdapterId | None) -> None:
-        if adapter == self._active:
-            return
-        if self._active is not None:
-            active, self._active = self._active, None
-            self._adapters[active][0].switch_off()
-        if adapter is not None:
-            self._active = adapter
-            self._adapters[adapter][0].switch_on()
+        forward(self._model, past, one_11, torch.ones_like(one_11), one_11)
+        return [(layer.keys, layer.values) for layer in past.layers]
 
     def discard_blocks(self, blocks: Sequence[int]) -> None:
         """Do nothing: all blocks are allocated at once."""
@@ -216,9 +193,25 @@ class ReferenceRunner:
         torch.set_num_threads(count)
 
     def close(self) -> None:
-        """Take all adapters off."""
-        for adapter in list(self._adapters):
-            self.remove_adapter(adapter)
+        """Drop all adapters."""
+        self._adapters.clear()
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model of the same weights whose modules may be replaced."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def _prefix(method: Method, attached: Attached) -> Prefix:
+    """Return the keys and values of an adapter's virtual tokens; empty where it has none."""
+    model, embeddings_ND = attached.causal_lm, method.virtual_embeddings(attached)
+    if embeddings_ND is None:
+        return method.virtual_key_values(attached) or []
+    past = DynamicCache()
+    _, cache_argument = _forward_arguments(type(model).forward)
+    model(inputs_embeds=embeddings_ND[None], use_cache=True, **{cache_argument: past})
+    return [(layer.keys[0], layer.values[0]) for layer in past.layers]
 
 
 class ReferenceLogits(PagedLogits):

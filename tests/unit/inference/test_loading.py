@@ -19,8 +19,6 @@ from luthier.inference.runners.reference import ReferenceRunner
 from luthier.inference.runners.registry import find_providers
 from luthier.inference.verification.checks import Text, probe
 from luthier.methods import discover
-from luthier.methods.base import Installed
-from luthier.methods.lora import Lora
 from luthier.modeling.protocols import AdapterSource, Logits, ScheduledBatch, UnsupportedAdapterError
 from luthier.storage.manifests import read_manifest, seal_folder
 from luthier_cpu.decode.runner import PackedRunner
@@ -182,27 +180,6 @@ def test_an_adapter_that_the_bases_runner_does_not_support_is_served_by_a_refere
     for artifact, one in zip(made, ready, strict=True):
         expected_V = method_logits(folder, artifact.folder, IDS)[-1]
         torch.testing.assert_close(last_logits(one), expected_V, rtol=1e-4, atol=1e-4)
-
-
-def test_an_adapter_that_changes_its_base_while_it_is_switched_off_is_refused(tmp_path: Path) -> None:
-    folder = build_shape(tmp_path / "base", "gpt2")
-    runner = ReferenceRunner(load_plain(folder), num_blocks=4, max_sequences=2)
-
-    class Leaking(Installed):
-        def switch_on(self) -> None:
-            runner._model.get_input_embeddings().weight.data.mul_(1.5)
-
-        def switch_off(self) -> None:
-            pass
-
-        def remove(self) -> None:
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("luthier.inference.runners.reference.method_of_artifact", lambda _: Lora())
-        patch.setattr(Lora, "install", lambda *_: Leaking())
-        with pytest.raises(SelfCheckError, match="changes its base"):
-            runner.add_adapter(AdapterSource(tmp_path, None))
 
 
 def test_a_runner_that_disagrees_with_transformers_does_not_serve(

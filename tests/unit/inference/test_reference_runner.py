@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.inference.engine.scheduler import Scheduler
@@ -98,3 +99,24 @@ def test_an_artifact_of_another_shape_is_refused_and_leaves_the_base_as_it_was(t
     [token] = runner.execute(ScheduledBatch([chunk])).greedy()
     with torch.inference_mode():
         assert token == int(load_plain(base)(torch.tensor([[5, 6]])).logits[0, -1].argmax())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_tensors_that_do_not_fit_are_refused_and_leave_the_base_as_it_was(tmp_path: Path, name: str) -> None:
+    base, folder = build_shape(tmp_path / "base", "llama"), tmp_path / "artifact"
+    make_artifact(base, folder, name, "llama")
+    runner = ReferenceRunner(load_plain(base), num_blocks=4, max_sequences=2)
+    asked = ScheduledBatch([TokenChunk([5, 6], 0, [0], None, 1)])
+    before = runner.execute(asked).rows([0])
+    path = folder / "adapter_model.safetensors"
+    whole = load_file(path)
+    for tensors in (
+        {key: value[..., :-1].contiguous() for key, value in whole.items()},
+        {f"{key}.other": value for key, value in whole.items()},
+        dict(list(whole.items())[1:]),
+        None,
+    ):
+        path.write_bytes(b"no tensors") if tensors is None else save_file(tensors, path)
+        with pytest.raises(ArtifactCorruptError):
+            runner.add_adapter(AdapterSource(folder, None))
+        assert torch.equal(runner.execute(asked).rows([0]), before)

@@ -1,0 +1,14 @@
+"""Rows of `question` and `reply`."""
+
+from luthier.data.formats._fields import FieldsFormat, asked_and_answered
+from luthier.data.formats.base import Row
+
+
+class QuestionFormat(FieldsFormat):
+    """A question is a user's turn, its reply the assistant's."""
+
+    def make_row(self, fields: dict[str, str]) -> Row:
+        return asked_and_answered(fields["question"], fields["reply"])
+
+
+FORMAT = QuestionFormat("question", required=("question", "reply"), learnt="reply")
