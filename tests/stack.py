@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from luthier.bases.catalogue import load_catalogue
+from luthier.bases.fetch import ensure_base
 from tests.folders import TEMPORARY_FOLDER
 from tests.tiny import BASE_ID, CONTEXT_LENGTH, build_tiny_base
 from tests.waiting import wait_until
@@ -122,12 +124,13 @@ def up_command(home: Path, port: int) -> list[str]:
 def tiny_stack(root: Path = ROOT, **environment: str) -> Iterator[Stack]:
     """Hold the whole real service over the tiny base, ready."""
     with stack_folder() as folder:
-        build_tiny_base(folder / "bases" / BASE_ID)
+        source = build_tiny_base(folder / "source")
         models_file = folder / "models.toml"
         models_file.write_text(
-            f'[bases.{BASE_ID}]\nsource = "path:{folder / "bases" / BASE_ID}"\nlicence = "Apache-2.0"\n'
+            f'[bases.{BASE_ID}]\nsource = "path:{source}"\nlicence = "Apache-2.0"\n'
             f"context_length = {CONTEXT_LENGTH}\nmemory_gib = 0.1\n"
         )
+        ensure_base(load_catalogue(models_file).bases[BASE_ID], folder / "bases", log=print)
         made = Stack(folder, up_command, root)
         made.environment |= {
             "LUTHIER_BASES_DIR": str(folder / "bases"),

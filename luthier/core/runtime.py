@@ -68,7 +68,7 @@ CHILD_LOG_NAME = "child.log"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
 # What Python and its libraries need to start as they did here; a secret of the service is none of it.
-_BARE_VARIABLES = frozenset(
+BARE_VARIABLES = frozenset(
     {"PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "PYTHONPATH", "PYTHONHOME"}
 )
 # Loaded at import: between fork and exec only async-signal-safe work is wise, and dlopen is not.
@@ -77,7 +77,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def bare_environment() -> dict[str, str]:
     """Return the environment of a helper process: no secret of database, broker or storage."""
-    return {name: value for name, value in os.environ.items() if name in _BARE_VARIABLES}
+    return {name: value for name, value in os.environ.items() if name in BARE_VARIABLES}
 
 
 def tied_python(*arguments: str) -> list[str]:

@@ -6,7 +6,6 @@ The API imports this, so no file here imports torch, transformers or peft at its
 from luthier.methods.base import (
     Attached,
     BottleneckPart,
-    Installed,
     LowRankPart,
     Method,
     MethodParams,
@@ -20,7 +19,6 @@ from luthier.methods.base import (
 __all__ = [
     "Attached",
     "BottleneckPart",
-    "Installed",
     "LowRankPart",
     "Method",
     "MethodParams",

@@ -20,7 +20,7 @@ from torch import nn
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
 from luthier.methods.adapter import ADAPTER_TYPE
-from luthier.methods.base import BottleneckPart, Installed
+from luthier.methods.base import BottleneckPart
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -238,30 +238,6 @@ def _is_alike(one: Bottleneck, other: Bottleneck) -> bool:
         other.placement,
         other.down.weight.shape,
     )
-
-
-class InstalledBottlenecks(Installed):
-    """An artifact's bottlenecks beside a base; the base is untouched while their hooks are off."""
-
-    def __init__(self, causal_lm: "PreTrainedModel", folder: Path) -> None:
-        sites, bottlenecks, _ = read_bottlenecks(causal_lm, folder)
-        self._places = [
-            (bottleneck, causal_lm.get_submodule(module))
-            for module, bottleneck in zip(sites.values(), bottlenecks, strict=True)
-        ]
-        self._hooks: list[RemovableHandle] = []
-
-    def switch_on(self) -> None:
-        if not self._hooks:
-            self._hooks = [bottleneck.hook_on(module) for bottleneck, module in self._places]
-
-    def switch_off(self) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-
-    def remove(self) -> None:
-        self.switch_off()
-        self._places = []
 
 
 def _filled(read: BottleneckPart, placement: str) -> Bottleneck:

@@ -1,7 +1,4 @@
-"""The LoRA layers of a saved artifact: as parts for runners, or as PEFT's layers beside the base's own.
-
-Layers of an artifact that is off are not in the base: it runs its own modules, bit for bit.
-Imported inside functions alone: it needs torch. PEFT, which takes seconds, is for `install` and training.
+"""The LoRA layers of a saved artifact, as parts for runners. Imported inside functions alone: it needs torch.
 
 Shapes: R ranks, K inputs and O outputs of a layer.
 """
@@ -10,7 +7,6 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -19,16 +15,9 @@ from safetensors.torch import load_file
 from luthier.core.errors import ArtifactCorruptError
 from luthier.core.shapes import BaseShape
 from luthier.methods._peft import CONFIG_NAME, WEIGHTS_NAME
-from luthier.methods.base import Attached, Installed, LowRankPart, ServedParts
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
+from luthier.methods.base import Attached, LowRankPart, ServedParts
 
 _ADAPTER = "default"
-# What PEFT's wrapper adds to every name.
-_PREFIX = "base_model.model."
-_Places = list[tuple[torch.nn.Module, str, torch.nn.Module]]
 _LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)")
 # Members of PEFT's configuration that would change what the tensors mean, and which we never set.
 _UNKNOWN_WHEN_SET = (
@@ -98,50 +87,6 @@ def _is_target(path: str, target: str | list[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for name in target)
 
 
-class InstalledLora(Installed):
-    """LoRA layers that take the places of a base's linear layers while they are on.
-
-    Args:
-        layers: the parent module, the name in it, and PEFT's layer, which holds the base's own.
-    """
-
-    def __init__(self, layers: _Places) -> None:
-        self._layers = layers
-
-    def switch_on(self) -> None:
-        for parent, name, layer in self._layers:
-            setattr(parent, name, layer)
-
-    def switch_off(self) -> None:
-        for parent, name, layer in self._layers:
-            setattr(parent, name, layer.base_layer)
-
-    def remove(self) -> None:
-        self.switch_off()
-        self._layers = []
-
-
-def install_lora(causal_lm: "PreTrainedModel", folder: Path) -> InstalledLora:
-    """Build an artifact's layers on a base that has none, and leave them off.
-
-    Raises:
-        ArtifactCorruptError: when the files can't be read or don't fit the base.
-    """
-    from peft import inject_adapter_in_model
-
-    try:
-        config = _read_config(folder)
-        weights = load_file(folder / WEIGHTS_NAME, device=str(causal_lm.device))
-        inject_adapter_in_model(config, causal_lm, _ADAPTER)
-        _fill(causal_lm, weights)
-        layers = _find_layers(causal_lm)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ArtifactCorruptError("The artifact's LoRA layers don't fit its base.") from error
-    finally:
-        _restore(causal_lm)
-    return InstalledLora(layers)
-
-
 def take_lora(attached: Attached, folder: Path) -> None:
     """Fill the layers of an attached model with a saved adapter's tensors.
 
@@ -159,57 +104,3 @@ def take_lora(attached: Attached, folder: Path) -> None:
     if {name: part.shape for name, part in wanted.items()} != {n: part.shape for n, part in weights.items()}:
         raise ArtifactCorruptError("The artifact's LoRA layers are not those of this model.")
     set_peft_model_state_dict(model, weights, adapter_name=_ADAPTER)
-
-
-def _read_config(folder: Path) -> "LoraConfig":
-    from peft import LoraConfig
-
-    if not (folder / CONFIG_NAME).is_file():
-        # PEFT would look for it on a hub.
-        raise ArtifactCorruptError("The artifact's configuration is missing.")
-    config = LoraConfig.from_pretrained(str(folder))
-    if (
-        config.bias != "none"
-        or config.modules_to_save
-        or config.target_parameters
-        or config.trainable_token_indices
-        or config.layer_replication
-    ):
-        raise ArtifactCorruptError("The artifact trains more than low-rank updates, which is not served.")
-    config.inference_mode = True
-    # The weights come from the file, and some initialisations would change the base's.
-    config.init_lora_weights = False
-    return config
-
-
-def _fill(causal_lm: "PreTrainedModel", weights: dict[str, torch.Tensor]) -> None:
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    # The embedding question would make PEFT look for the base on a hub.
-    wanted = get_peft_model_state_dict(causal_lm, adapter_name=_ADAPTER, save_embedding_layers=False)
-    if {_PREFIX + name for name in wanted} != set(weights):
-        raise ArtifactCorruptError("The artifact's weights do not match the modules of its base.")
-    # As loading by PEFT does: the updates run in float32 whatever the base's type.
-    cast_adapter_dtype(causal_lm, _ADAPTER)
-    result = set_peft_model_state_dict(causal_lm, weights, adapter_name=_ADAPTER)
-    if result.unexpected_keys:
-        raise ArtifactCorruptError("The artifact's weights do not match the modules of its base.")
-
-
-def _find_layers(causal_lm: "PreTrainedModel") -> _Places:
-    from peft.tuners.lora import LoraLayer
-
-    layers: _Places = []
-    for path, module in causal_lm.named_modules():
-        if isinstance(module, LoraLayer):
-            parent, _, name = path.rpartition(".")
-            layers.append((causal_lm.get_submodule(parent), name, module.eval().requires_grad_(False)))
-    return layers
-
-
-def _restore(causal_lm: "PreTrainedModel") -> None:
-    """Leave nothing of PEFT's on the base, however far building came."""
-    InstalledLora(_find_layers(causal_lm)).remove()
-    if hasattr(causal_lm, "peft_config"):
-        del causal_lm.peft_config

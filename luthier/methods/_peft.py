@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from luthier.core.errors import ArtifactCorruptError
 from luthier.methods.base import Attached, Method
 
 if TYPE_CHECKING:
@@ -47,9 +48,19 @@ class PeftMethod(Method):
         return find_config(folder).get("peft_type") == self.peft_type
 
     def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+        from safetensors import safe_open
 
-        model = PeftModel.from_pretrained(causal_lm, str(folder), is_trainable=False, local_files_only=True)
+        config = PeftConfig.from_pretrained(str(folder))
+        if hasattr(config, "init_lora_weights"):
+            # The weights come from the file, and some initialisations would change the base's.
+            config.init_lora_weights = False
+        model = PeftModel.from_pretrained(causal_lm, str(folder), config=config, local_files_only=True)
+        held = get_peft_model_state_dict(model, save_embedding_layers=False)
+        with safe_open(folder / WEIGHTS_NAME, framework="pt") as stored:
+            # PEFT leaves what is missing at its initial values.
+            if set(stored.keys()) != held.keys():
+                raise ArtifactCorruptError("The artifact's weights do not match the modules of its base.")
         return Attached(model=model.requires_grad_(False).eval(), causal_lm=causal_lm)
 
 

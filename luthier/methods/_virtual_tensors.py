@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.methods._peft import WEIGHTS_NAME, write_adapter
-from luthier.methods.base import Attached, Installed, Start, check_room
+from luthier.methods.base import Attached, Start, check_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,29 +84,6 @@ class ProjectedPrefix(PrefixEncoder):
         """Return the prefix for a batch; it is the same for every row, so it is computed once."""
         prefix_1NF = super().forward(prefix[:1]) + self.start_NF
         return prefix_1NF.expand(prefix.shape[0], -1, -1)
-
-
-class InstalledVirtualTokens(Installed):
-    """Keys and values before a sequence; the base itself is never changed.
-
-    Args:
-        key_values: of every layer, [H, N, C], in the base's type.
-    """
-
-    def __init__(self, key_values: KeyValues) -> None:
-        self._key_values = key_values
-
-    def switch_on(self) -> None:
-        """Do nothing: the runner puts `prefix()` before the sequence."""
-
-    def switch_off(self) -> None:
-        """Do nothing: the base has no part of the artifact."""
-
-    def remove(self) -> None:
-        self._key_values = []
-
-    def prefix(self) -> KeyValues:
-        return list(self._key_values)
 
 
 def check_base(causal_lm: "PreTrainedModel", num_virtual_tokens: int) -> None:
@@ -234,11 +211,6 @@ def save_encoded(attached: Attached, folder: Path, **changes: Any) -> list[str]:
         weights = {SAVED_NAME: encoded(attached).clone()}
     config = attached.model.peft_config[ADAPTER].to_dict()
     return write_adapter(folder, weights, config | changes)
-
-
-def read_saved(folder: Path, causal_lm: "PreTrainedModel", width: int) -> torch.Tensor:
-    """Read the vectors of an artifact, [N, width], onto the base's device, in the base's type."""
-    return read_vectors(folder, width).to(device=causal_lm.device, dtype=causal_lm.dtype)
 
 
 def take_encoded(attached: Attached, folder: Path) -> None:

@@ -25,7 +25,6 @@ from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._peft import find_config
 from luthier.methods.base import (
     Attached,
-    Installed,
     Method,
     MethodParams,
     ServedParts,
@@ -186,12 +185,6 @@ class Adapter(Method):
         from luthier.methods._bottleneck import take_bottlenecks
 
         take_bottlenecks(attached.causal_lm, folder)
-
-    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Keep a saved adapter beside a base, its hooks on only while it is switched on."""
-        from luthier.methods._bottleneck import InstalledBottlenecks
-
-        return InstalledBottlenecks(causal_lm, folder)
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         from luthier.methods._bottleneck import read_config_and_parts

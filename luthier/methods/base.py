@@ -63,32 +63,6 @@ class Start:
     examples: Sequence[Sequence[int]] = ()
 
 
-class Installed(ABC):
-    """An artifact on a base in memory beside others, off until it is switched on.
-
-    At most one is on at a time. While all are off the base gives its own results, bit for bit.
-    """
-
-    @abstractmethod
-    def switch_on(self) -> None:
-        """Let the base's next forward passes be those of this artifact."""
-
-    @abstractmethod
-    def switch_off(self) -> None:
-        """Let the base be itself again."""
-
-    @abstractmethod
-    def remove(self) -> None:
-        """Take everything off the base and free its memory; the artifact is off."""
-
-    def prefix(self) -> "list[tuple[torch.Tensor, torch.Tensor]]":
-        """Return keys and values of every layer before a sequence, each [H, N, C] in the base's type.
-
-        Their positions are 0 and up; the list is empty where the method has no virtual tokens.
-        """
-        return []
-
-
 @dataclass(frozen=True)
 class Attached:
     """A base with a method's own parameters on it.
@@ -245,24 +219,8 @@ class Method(ABC):
         """
         raise self._stands_alone()
 
-    def install(
-        self,
-        causal_lm: "PreTrainedModel",  # noqa: ARG002
-        folder: Path,  # noqa: ARG002
-        name: str,  # noqa: ARG002
-    ) -> Installed:
-        """Put a saved artifact on a base beside others, switched off; never called for whole models.
-
-        The base may hold other artifacts of any method, all switched off.
-
-        Raises:
-            ArtifactCorruptError: when it is a whole model, or its tensors don't fit the base, which is then
-                unchanged.
-        """
-        raise self._stands_alone()
-
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:  # noqa: ARG002
-        """Read a saved artifact for a runner; None when only `install` can serve it.
+        """Read a saved artifact for a runner; None when only `load` can serve it.
 
         Never called for whole models.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from luthier.core.cost_model import MethodCost
-from luthier.core.errors import InvalidValueError
+from luthier.core.errors import ArtifactCorruptError, InvalidValueError
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import Auto, BaseFacts
 from luthier.methods._layers import (
@@ -22,10 +22,9 @@ from luthier.methods._layers import (
     linear_shapes,
     shortest_names,
 )
-from luthier.methods._peft import PeftMethod, attach_peft, write_adapter
+from luthier.methods._peft import PeftMethod, attach_peft, find_config, write_adapter
 from luthier.methods.base import (
     Attached,
-    Installed,
     MethodParams,
     ServedParts,
     Start,
@@ -39,6 +38,14 @@ if TYPE_CHECKING:
 
 # Found on SmolLM2-135M: see base_learning_rate.
 _AUTO_RANK = 16
+
+# Members of PEFT's configuration under which it trains weights of the base.
+_MORE_THAN_UPDATES = (
+    "modules_to_save",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+)
 
 
 class LoraParams(MethodParams):
@@ -129,16 +136,21 @@ class Lora(PeftMethod):
         )
         return write_adapter(folder, weights, attached.model.peft_config["default"].to_dict())
 
+    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
+        """Let PEFT load it.
+
+        Raises:
+            ArtifactCorruptError: when it also trains weights of the base, which other models share.
+        """
+        config = find_config(folder)
+        if config.get("bias", "none") != "none" or any(config.get(name) for name in _MORE_THAN_UPDATES):
+            raise ArtifactCorruptError("The artifact trains more than low-rank updates, which is not served.")
+        return super().load(causal_lm, folder)
+
     def take_weights(self, attached: Attached, folder: Path) -> None:
         from luthier.methods._lora_layers import take_lora
 
         take_lora(attached, folder)
-
-    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Build PEFT's layers beside the base's own; while off they are not in the base and need no name."""
-        from luthier.methods._lora_layers import install_lora
-
-        return install_lora(causal_lm, folder)
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         from luthier.methods._lora_layers import read_lora

@@ -22,7 +22,7 @@ from luthier.methods._virtual import (
     check_init_text,
     resolve_num_tokens,
 )
-from luthier.methods.base import Attached, Installed, MethodParams, ServedParts, Start, Workload, resolved
+from luthier.methods.base import Attached, MethodParams, ServedParts, Start, Workload, resolved
 
 if TYPE_CHECKING:
     import torch
@@ -153,16 +153,6 @@ class Prefix(VirtualTokenMethod):
         from luthier.methods._virtual_tensors import save_encoded
 
         return save_encoded(attached, folder, prefix_projection=False, encoder_hidden_size=None)
-
-    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Read the keys and values; the base itself is not changed."""
-        from luthier.methods._virtual_tensors import InstalledVirtualTokens, KeyValueShape, read_saved, unpack
-
-        shape = KeyValueShape.of(causal_lm)
-        saved_NF = read_saved(folder, causal_lm, 2 * shape.num_layers * shape.width)
-        return InstalledVirtualTokens(
-            [(key.contiguous(), value.contiguous()) for key, value in unpack(saved_NF, shape)]
-        )
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         from luthier.methods._virtual_tensors import KeyValueShape, read_vectors, unpack

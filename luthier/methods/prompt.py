@@ -22,7 +22,7 @@ from luthier.methods._virtual import (
     check_init_text,
     resolve_num_tokens,
 )
-from luthier.methods.base import Attached, Installed, MethodParams, ServedParts, Start, Workload, resolved
+from luthier.methods.base import Attached, MethodParams, ServedParts, Start, Workload, resolved
 
 if TYPE_CHECKING:
     import torch
@@ -110,13 +110,6 @@ class Prompt(VirtualTokenMethod):
             first_ND = _first_values(causal_lm, params, start)
             attached.model.prompt_encoder[ADAPTER].embedding.weight.copy_(first_ND)
         return attached
-
-    def install(self, causal_lm: "PreTrainedModel", folder: Path, name: str) -> Installed:  # noqa: ARG002
-        """Run the vectors through the base once and keep their keys and values; the base is not changed."""
-        from luthier.methods._virtual_tensors import InstalledVirtualTokens, read_saved, run_for_key_values
-
-        saved_ND = read_saved(folder, causal_lm, causal_lm.get_input_embeddings().embedding_dim)
-        return InstalledVirtualTokens(run_for_key_values(causal_lm, inputs_embeds=saved_ND[None]))
 
     def read_parts(self, folder: Path, shape: BaseShape) -> ServedParts | None:
         from luthier.methods._virtual_tensors import read_vectors

@@ -23,7 +23,7 @@ _QUESTIONS = ["red?", "blue?", "the sky?", "the sea?"]
 def tree() -> Iterator[Path]:
     """Hold a copy of the product with one more method and one more format."""
     with stack_folder() as folder:
-        for room in (*ROOMS, "luthier_cpu"):
+        for room in ROOMS:
             shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "alembic.ini", folder)
         shutil.copy(_DROP_INS / "ia3.py", folder / "luthier/methods")
@@ -48,7 +48,7 @@ def test_a_new_method_and_a_new_format_train_publish_and_serve_beside_others(tre
             job = client.fine_tuning.jobs.create(
                 model=BASE_ID,
                 training_file=file_id,
-                hyperparameters={"n_epochs": 8},
+                hyperparameters={"n_epochs": 30},
                 extra_body={"tuning": {"type": method}},
             )
             while job.finished_at is None:
@@ -61,7 +61,7 @@ def test_a_new_method_and_a_new_format_train_publish_and_serve_beside_others(tre
         with ThreadPoolExecutor(len(asked)) as threads:
             together = list(threads.map(lambda one: _answer(client, *one), asked))
         assert together == alone
-        # Three models, three different answers to each question.
+        # Both learnt the reply, and the base does not know it.
         by_model = [alone[start : start + len(_QUESTIONS)] for start in range(0, len(alone), len(_QUESTIONS))]
-        assert by_model[1] == ["blue"] * len(_QUESTIONS), by_model
-        assert by_model[0] != by_model[1]
+        assert by_model[1:] == [["blue"] * len(_QUESTIONS)] * 2, by_model
+        assert "blue" not in by_model[0]

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from luthier.core.errors import SelfCheckError
 from luthier.core.events import TrainingEvent, parse_event
-from luthier.core.runtime import CHILD_LOG_NAME, tied_python
+from luthier.core.runtime import BARE_VARIABLES, CHILD_LOG_NAME, tied_python
 
 if TYPE_CHECKING:
     from worker.training_process.fork_server import ForkedRun, ForkServer
@@ -29,7 +29,8 @@ _log = structlog.get_logger()
 
 # The environment of a training process: no database, broker, storage or API secret.
 _ALLOWED_VARIABLES = frozenset(
-    {"PATH", "HOME", "USER", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV"}
+    BARE_VARIABLES
+    | {"USER", "TMPDIR"}
     | {"XDG_CACHE_HOME", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
     | {"OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NUMBA_CACHE_DIR", "TRITON_CACHE_DIR"}
     | {"CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}

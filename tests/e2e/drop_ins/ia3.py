@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from luthier.core.cost_model import MethodCost
 from luthier.core.shapes import BaseShape
 from luthier.core.specs import BaseFacts
-from luthier.methods._peft import peft_type, write_adapter
-from luthier.methods.base import Attached, Method, MethodParams, Start, Workload
+from luthier.methods._peft import PeftMethod, attach_peft, write_adapter
+from luthier.methods.base import Attached, MethodParams, Start, Workload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,10 +21,11 @@ class Ia3Params(MethodParams):
     type: Literal["ia3"] = "ia3"
 
 
-class Ia3(Method):
+class Ia3(PeftMethod):
     """Factors held by PEFT."""
 
     name: ClassVar[str] = "ia3"
+    peft_type: ClassVar[str] = "IA3"
     title: ClassVar[str] = "IA3: factors of keys, values and the feed-forward's input"
     Params: ClassVar[type[MethodParams]] = Ia3Params
     shaping_params: ClassVar[frozenset[str]] = frozenset()
@@ -45,32 +46,21 @@ class Ia3(Method):
         return MethodCost(num_parameters=count, num_saved=count, is_fused=False)
 
     def attach(self, causal_lm: "PreTrainedModel", params: Any, start: Start) -> Attached:
-        import torch
-        from peft import IA3Config, get_peft_model
+        from peft import IA3Config
 
-        torch.manual_seed(start.seed)
-        causal_lm.name_or_path = start.base_id
         config = IA3Config(
             task_type="CAUSAL_LM",
             base_model_name_or_path=start.base_id,
             target_modules=_TARGETS,
             feedforward_modules=_FEED_FORWARD,
         )
-        return Attached(get_peft_model(causal_lm, config), causal_lm)
+        return attach_peft(causal_lm, config)
 
     def save(self, attached: Attached, folder: Path) -> list[str]:
         from peft import get_peft_model_state_dict
 
         weights = get_peft_model_state_dict(attached.model, save_embedding_layers=False)
         return write_adapter(folder, weights, attached.model.peft_config["default"].to_dict())
-
-    def recognises(self, folder: Path) -> bool:
-        return peft_type(folder) == "IA3"
-
-    def load(self, causal_lm: "PreTrainedModel", folder: Path) -> Attached:
-        from peft import PeftModel
-
-        return Attached(PeftModel.from_pretrained(causal_lm, str(folder)).eval(), causal_lm)
 
 
 METHOD = Ia3()

@@ -7,8 +7,8 @@ from luthier.data.formats.base import Row
 class QuestionFormat(FieldsFormat):
     """A question is a user's turn, its reply the assistant's."""
 
-    def make_row(self, fields: dict[str, str]) -> Row:
-        return asked_and_answered(fields["question"], fields["reply"])
+    def row_of(self, texts: dict[str, str]) -> Row:
+        return asked_and_answered(texts["question"], texts["reply"])
 
 
 FORMAT = QuestionFormat("question", required=("question", "reply"), learnt="reply")
