@@ -129,11 +129,11 @@ def test_norms_after_a_half_come_before_the_bottleneck() -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    assert [site.module.rpartition(".")[2] for site in find_sites(model, "houlsby")] == [
+    assert [module.rpartition(".")[2] for module in find_sites(model, "houlsby").values()] == [
         "post_attention_layernorm",
         "post_feedforward_layernorm",
     ]
-    assert [site.module.rpartition(".")[2] for site in find_sites(model, "parallel")] == ["mlp"]
+    assert [module.rpartition(".")[2] for module in find_sites(model, "parallel").values()] == ["mlp"]
 
 
 def test_dropout_acts_in_training_alone(llama: Path) -> None:
