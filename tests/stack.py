@@ -54,8 +54,8 @@ def is_alive(pid: int) -> bool:
 class Stack:
     """One `luthier up`, or a stand-in for it: its process, output and home.
 
-    Its folder has a short path that every user may enter; `command` is given home and port. `root` is the tree whose
-    code runs.
+    Its folder has a short path that every user may enter; `command` is given home and port. The code is that
+    of `root`.
     """
 
     def __init__(self, folder: Path, command: Callable[[Path, int], list[str]], root: Path = ROOT) -> None:
