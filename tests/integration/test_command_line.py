@@ -21,6 +21,8 @@ def luthier(api: Api, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     """Run a command against the API, and return its exit code and what it printed to both streams."""
     monkeypatch.setenv("LUTHIER_BASE_URL", f"{api.base_url}/v1")
     monkeypatch.setenv("LUTHIER_API_KEY", api.key)
+    # The API of this process would write its lines between those of the command.
+    monkeypatch.setattr("api.middleware._log_request", lambda *_: None)
 
     def invoke(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["luthier", *arguments])
