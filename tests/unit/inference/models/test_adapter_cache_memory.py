@@ -9,7 +9,14 @@ from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.models.loading import measure_weights
 from luthier.inference.models.memory_limit import NoRoomError
 from tests.unit.inference.artifacts import Artifact
-from tests.unit.inference.test_adapter_cache import base, base_folder, make_loaded, served_by, settle, wholes
+from tests.unit.inference.models.test_adapter_cache import (
+    base,
+    base_folder,
+    make_loaded,
+    served_by,
+    settle,
+    wholes,
+)
 
 __all__ = ["base", "base_folder", "wholes"]
 

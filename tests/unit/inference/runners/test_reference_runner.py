@@ -16,7 +16,7 @@ from luthier.methods import discover
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, ScheduledBatch, TokenChunk
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import load_plain, make_artifact
-from tests.unit.inference.test_scheduler import Ids, ServedStub, run_dry
+from tests.unit.inference.engine.test_scheduler import Ids, ServedStub, run_dry
 
 # One is longer than the sliding windows of the shapes, one as short as can be; two begin alike.
 PROMPTS = [[5, 6, 7], [20 + i % 60 for i in range(31)], [9], [20 + i % 60 for i in range(40)]]

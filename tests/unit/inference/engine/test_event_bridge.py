@@ -12,7 +12,7 @@ from luthier.inference.engine.sequence import SamplingOptions, Sequence
 from luthier_cpu.codegen.openmp import Program
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import load_plain, pack
-from tests.unit.inference.test_scheduler import Ids
+from tests.unit.inference.engine.test_scheduler import Ids
 
 
 def sequence(prompt_ids: list[int]) -> Sequence:

@@ -34,7 +34,7 @@ from tests.unit.inference.artifacts import (
     method_logits,
     tuning_name,
 )
-from tests.unit.inference.test_adapter_cache import make_loaded, served_by
+from tests.unit.inference.models.test_adapter_cache import make_loaded, served_by
 
 IDS = [5, 6, 7, 8]
 ADAPTERS = [one for one in all_tunings() if not discover()[one["type"]].is_whole_model]

@@ -13,7 +13,7 @@ from luthier.inference.models.base_models import LoadedBase, choose_dtype
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_tiny
-from tests.unit.inference.test_adapter_cache import make_loaded, served_by, settle
+from tests.unit.inference.models.test_adapter_cache import make_loaded, served_by, settle
 
 
 @pytest.fixture

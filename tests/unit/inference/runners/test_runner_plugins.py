@@ -9,8 +9,8 @@ from luthier.inference.runners import registry
 from luthier.inference.runners.reference import ReferenceRunner
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import load_tiny
-from tests.unit.inference.test_adapter_cache import InlineEngine
-from tests.unit.inference.test_engine import ask
+from tests.unit.inference.engine.test_engine import ask
+from tests.unit.inference.models.test_adapter_cache import InlineEngine
 
 # One that is exact for a table of answers that transformers gave when it was loaded.
 _SOURCE = '''

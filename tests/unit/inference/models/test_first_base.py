@@ -15,7 +15,7 @@ from luthier.inference.models.base_models import LoadedBase
 from luthier.inference.models.registry import Models
 from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
-from tests.unit.inference.test_adapter_cache import InlineEngine
+from tests.unit.inference.models.test_adapter_cache import InlineEngine
 
 
 def test_the_first_base_alone_is_told_and_before_anybody_gets_it(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from luthier_cpu.decode.batch import Chunk
 from luthier_cpu.gemm.products import can_tile
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import greedy, load_plain, pack
-from tests.unit.inference.test_scheduler import Ids, ServedStub, run_dry
+from tests.unit.inference.engine.test_scheduler import Ids, ServedStub, run_dry
 
 NUM_TOKENS = 60
 PROMPT = [5, 6, 7, 8, 9, 10, 11]

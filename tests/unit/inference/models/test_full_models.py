@@ -24,7 +24,7 @@ from tests.unit.inference.artifacts import (
     method_logits,
     tuning_name,
 )
-from tests.unit.inference.test_adapter_cache import make_loaded
+from tests.unit.inference.models.test_adapter_cache import make_loaded
 
 IDS = [9, 30, 41, 5, 77, 12, 8]
 WHOLE = [name for name, method in discover().items() if method.is_whole_model]
