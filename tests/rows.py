@@ -1,6 +1,7 @@
 """Rows for tests, made here so that every test sees what it sends."""
 
 import json
+import re
 from typing import Any
 
 from luthier.data.formats.base import Fault, Row, RowFormat
@@ -18,6 +19,17 @@ def explain_line(row_format: RowFormat, line: bytes, number: int) -> list[Fault]
     """Return the faults of a line."""
     row = check_row(row_format, line, number)
     return row if isinstance(row, list) else []
+
+
+def words_of(text: str) -> list[str]:
+    """Return the words of a text in lower case."""
+    return re.findall(r"[a-z']+", text.lower())
+
+
+def runs_of_six(texts: list[str]) -> set[tuple[str, ...]]:
+    """Return all runs of six words that texts have."""
+    many = map(words_of, texts)
+    return {tuple(words[start : start + 6]) for words in many for start in range(len(words) - 5)}
 
 
 def chat_row(user: str, assistant: str, **extra: Any) -> dict[str, Any]:

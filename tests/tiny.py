@@ -139,23 +139,30 @@ def _write_weights(folder: Path, seed: int) -> int:
     return sum(weight.size for weight in weights.values())
 
 
+def make_facts(**changes: Any) -> BaseFacts:
+    """Return the facts of a base, the tiny one's where nothing else is said."""
+    values: dict[str, Any] = {
+        "id": BASE_ID,
+        "source": "path:/none",
+        "licence": "apache-2.0",
+        "digest": "sha256:" + "0" * 64,
+        "tokenizer_digest": "sha256:" + "a" * 64,
+        "context_length": CONTEXT_LENGTH,
+        "num_parameters": 1,
+        "num_layers": NUM_LAYERS,
+        "hidden_size": HIDDEN_SIZE,
+    }
+    return BaseFacts(**(values | changes))
+
+
 def build_tiny_base(folder: Path, *, seed: int = 0) -> Path:
     """Write the random base as a sealed folder with the layout of a fetched one, and return the folder."""
     building = folder.with_name(f".{folder.name}.building")
     building.mkdir(parents=True)
     write_tokenizer(building)
     _write_config(building)
-    facts = BaseFacts(
-        id=BASE_ID,
-        source="path:/none",
-        licence="apache-2.0",
-        digest="sha256:" + f"{seed:064x}",
-        tokenizer_digest="sha256:" + "a" * 64,
-        context_length=CONTEXT_LENGTH,
-        num_parameters=_write_weights(building, seed),
-        num_layers=NUM_LAYERS,
-        hidden_size=HIDDEN_SIZE,
-    )
+    num_parameters = _write_weights(building, seed)
+    facts = make_facts(digest=f"sha256:{seed:064x}", num_parameters=num_parameters)
     (building / FACTS_NAME).write_text(facts.model_dump_json(indent=1))
     seal_folder(building, folder)
     return folder

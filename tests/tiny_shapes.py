@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from luthier.core.specs import BaseFacts
-from tests.tiny import VOCAB_SIZE, write_tokenizer
+from tests.tiny import VOCAB_SIZE, make_facts, write_tokenizer
 
 NUM_POSITIONS = 128
 HIDDEN_SIZE = 48
@@ -116,12 +116,9 @@ def build_shape(folder: Path, name: str, *, seed: int = 0) -> Path:
 
 def facts_of(name: str) -> BaseFacts:
     """Return the facts of a shape as a fetched base has them."""
-    return BaseFacts(
+    return make_facts(
         id=f"tiny-{name}",
-        source="path:/none",
-        licence="apache-2.0",
         digest="sha256:" + "1" * 64,
-        tokenizer_digest="sha256:" + "a" * 64,
         context_length=NUM_POSITIONS,
         num_parameters=100_000,
         num_layers=NUM_LAYERS,

@@ -30,7 +30,7 @@ _QUOTED_NAME = re.compile(r"`[^`\n]*`")
 _VECTOR_CODE = ("luthier_cpu/", "luthier/modeling/kernels/", "tests/luthier_cpu/")
 # How many are left in packages; numbers only shrink. One that is not listed counts against the sum.
 _COUNTS = {
-    "tests": 214,
+    "tests": 83,
 }
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import httpx2
 import pytest
@@ -30,7 +29,7 @@ def _refusal(status: int) -> httpx2.Response:
     return httpx2.Response(status, json={"error": error})
 
 
-def test_the_key_is_sent_and_an_error_keeps_its_code() -> None:
+def test_the_key_is_sent_and_an_error_keeps_its_code():
     def answer(request: httpx2.Request) -> httpx2.Response:
         assert request.headers["authorization"] == "Bearer lt_key"
         return _refusal(404)
@@ -40,7 +39,7 @@ def test_the_key_is_sent_and_an_error_keeps_its_code() -> None:
     assert (caught.value.status, caught.value.error_code, caught.value.param) == (404, "not_found", "id")
 
 
-def test_the_answer_to_an_upload_is_awaited_for_as_long_as_its_rows_are_checked(tmp_path: Path) -> None:
+def test_the_answer_to_an_upload_is_awaited_for_as_long_as_its_rows_are_checked(tmp_path):
     def answer(request: httpx2.Request) -> httpx2.Response:
         request.read()
         assert request.extensions["timeout"]["read"] is None
@@ -52,12 +51,12 @@ def test_the_answer_to_an_upload_is_awaited_for_as_long_as_its_rows_are_checked(
     assert _client(answer).upload_file(path, purpose="fine-tune") == {"id": "file-1"}
 
 
-def test_an_error_page_that_is_no_json_is_still_an_error() -> None:
+def test_an_error_page_that_is_no_json_is_still_an_error():
     with pytest.raises(ApiError, match="502"):
         _client(lambda _: httpx2.Response(502, content=b"<html>")).list_jobs()
 
 
-def test_a_service_that_is_not_there_is_said_with_what_to_do() -> None:
+def test_a_service_that_is_not_there_is_said_with_what_to_do():
     def answer(_request: httpx2.Request) -> httpx2.Response:
         raise httpx2.ConnectError("refused")
 
@@ -65,7 +64,7 @@ def test_a_service_that_is_not_there_is_said_with_what_to_do() -> None:
         _client(answer).list_keys()
 
 
-def test_ids_are_quoted_so_that_they_stay_one_part_of_the_path() -> None:
+def test_ids_are_quoted_so_that_they_stay_one_part_of_the_path():
     paths = []
 
     def answer(request: httpx2.Request) -> httpx2.Response:
@@ -85,7 +84,7 @@ def test_ids_are_quoted_so_that_they_stay_one_part_of_the_path() -> None:
     ]
 
 
-def test_events_go_on_after_a_lost_connection_without_a_gap_or_a_repeat() -> None:
+def test_events_continue_after_a_lost_connection_without_a_gap_or_a_repeat():
     asked_from = []
 
     def answer(request: httpx2.Request) -> httpx2.Response:
@@ -105,12 +104,12 @@ def test_events_go_on_after_a_lost_connection_without_a_gap_or_a_repeat() -> Non
     assert asked_from == ["", "2", "2", "2"]
 
 
-def test_events_of_an_unknown_job_are_refused_at_once() -> None:
+def test_events_of_an_unknown_job_are_refused_at_once():
     with pytest.raises(ApiError):
         list(_client(lambda _: _refusal(404)).follow_events("ftjob-1"))
 
 
-def test_following_gives_up_when_the_service_stays_away() -> None:
+def test_following_gives_up_when_the_service_stays_away():
     pauses: list[float] = []
 
     def answer(_request: httpx2.Request) -> httpx2.Response:
@@ -144,32 +143,27 @@ class _Files:
         return httpx2.Response(206 if asked else 200, content=self.served(start))
 
 
-def test_a_download_is_verified_and_a_second_one_fetches_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("left", "ranges"),
+    [
+        (None, [None]),
+        # A broken download continues where it stopped; the rest of another version is fetched anew.
+        (_CONTENT[:1000], ["bytes=1000-"]),
+        (b"\xff" * 1000, ["bytes=1000-", None]),
+    ],
+)
+def test_a_download_is_verified_and_a_second_one_fetches_nothing(tmp_path, left, ranges):
     files = _Files()
-    (path,) = _client(files).download_model("ft:a", tmp_path)
-    assert path.read_bytes() == _CONTENT
-    _client(files).download_model("ft:a", tmp_path)
-    assert files.ranges == [None]
-
-
-def test_a_broken_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    files = _Files()
-    (tmp_path / "adapter_model.safetensors.part").write_bytes(_CONTENT[:1000])
-    (path,) = _client(files).download_model("ft:a", tmp_path)
-    assert path.read_bytes() == _CONTENT
-    assert files.ranges == ["bytes=1000-"]
+    if left is not None:
+        (tmp_path / "adapter_model.safetensors.part").write_bytes(left)
+    for _ in range(2):
+        (path,) = _client(files).download_model("ft:a", tmp_path)
+        assert path.read_bytes() == _CONTENT
+    assert files.ranges == ranges
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_the_rest_of_another_version_is_fetched_anew(tmp_path: Path) -> None:
-    files = _Files()
-    (tmp_path / "adapter_model.safetensors.part").write_bytes(b"\xff" * 1000)
-    (path,) = _client(files).download_model("ft:a", tmp_path)
-    assert path.read_bytes() == _CONTENT
-    assert files.ranges == ["bytes=1000-", None]
-
-
-def test_wrong_bytes_never_become_the_file(tmp_path: Path) -> None:
+def test_wrong_bytes_never_become_the_file(tmp_path):
     files = _Files()
     files.served = lambda _start: b"\x00" * len(_CONTENT)
     with pytest.raises(ArtifactCorruptError, match="sha256"):
@@ -177,7 +171,7 @@ def test_wrong_bytes_never_become_the_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_download_leaves_no_folder(tmp_path: Path) -> None:
+def test_a_refused_download_leaves_no_folder(tmp_path):
     client = _client(lambda _request: _refusal(404))
     with pytest.raises(ApiError, match="No such job"):
         client.download_model("ft:a", tmp_path / "model")
@@ -185,13 +179,13 @@ def test_a_refused_download_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil"])
-def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
     with pytest.raises(ArtifactCorruptError, match="outside"):
         _client(_Files(name)).download_model("ft:a", tmp_path / "model")
     assert not (tmp_path / "evil").exists()
 
 
-def test_lists_of_aliases_are_read_to_their_last_page() -> None:
+def test_lists_of_aliases_are_read_to_their_last_page():
     def answer(request: httpx2.Request) -> httpx2.Response:
         is_first = "after" not in request.url.params
         assert is_first or request.url.params["after"] == "alias_1"

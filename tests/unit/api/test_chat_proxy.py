@@ -71,7 +71,7 @@ def _read(
     return [body["body"] for body in bodies]
 
 
-def test_a_stream_ends_with_an_error_that_says_so() -> None:
+def test_a_stream_ends_with_an_error_that_says_so():
     first, last = _read()
     assert first == b'data: {"id": 1}\n\n'
     error = json.loads(last.removeprefix(b"data: "))["error"]
@@ -79,12 +79,12 @@ def test_a_stream_ends_with_an_error_that_says_so() -> None:
     assert "broke off" in error["message"]
 
 
-def test_a_whole_answer_that_breaks_off_is_an_error_and_no_answer() -> None:
+def test_a_whole_answer_that_breaks_off_is_an_error_and_no_answer():
     with pytest.raises(UnavailableError):
         _read(pieces=())
 
 
-def test_a_stream_of_a_response_ends_as_responses_do() -> None:
+def test_a_stream_of_a_response_ends_as_responses_do():
     created = {"type": "response.created", "sequence_number": 0, "response": {"id": "resp_1", "output": []}}
     pieces = (
         b"event: response.created\ndata: %b\n\n" % json.dumps(created, separators=(",", ":")).encode(),
@@ -103,20 +103,20 @@ def test_a_stream_of_a_response_ends_as_responses_do() -> None:
     assert "broke off" in response["response"]["error"]["message"]
 
 
-def test_a_client_gets_whole_events_alone_however_they_come() -> None:
+def test_a_client_gets_whole_events_alone_however_they_come():
     *passed, last = _read(pieces=(b'data: {"a', b'": 1}\n', b'\ndata: {"b": 2}\n\ndata: {"c', b'": '))
     assert passed == [b'data: {"a": 1}\n\ndata: {"b": 2}\n\n']
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "service_unavailable"
 
 
-def test_a_response_of_whose_beginning_nothing_was_sent_ends_with_an_error_alone() -> None:
+def test_a_response_of_whose_beginning_nothing_was_sent_ends_with_an_error_alone():
     (last,) = _read(RESPONSES_PATH, (b"event: response.cre", b"ated\n"))
     assert last.startswith(b"event: error\n")
     assert b"response.failed" not in last
 
 
 @pytest.mark.parametrize("num_bytes", [1, 7, 1000])
-def test_the_event_of_usage_is_counted_and_not_passed_on_however_it_comes(num_bytes: int) -> None:
+def test_the_event_of_usage_is_counted_and_not_passed_on_however_it_comes(num_bytes):
     text = b'data: {"a": ": usage 9,9,9"}\n\n'
     stream = text + b": usage 5,2,3\n\ndata: [DONE]\n\n"
     pieces = tuple(stream[at : at + num_bytes] for at in range(0, len(stream), num_bytes))
@@ -126,7 +126,7 @@ def test_the_event_of_usage_is_counted_and_not_passed_on_however_it_comes(num_by
     assert usage == TokenCounts(1, 5, 2, 3)
 
 
-def test_a_stream_that_breaks_off_counts_its_events() -> None:
+def test_a_stream_that_breaks_off_counts_its_events():
     usage = TokenCounts()
     _read(pieces=(b"data: 1\n\n", b"data: 2\n\ndata: 3\n\n"), usage=usage)
     assert (usage.num_requests, usage.output_tokens) == (1, 3)

@@ -20,7 +20,7 @@ _SCRIPTS = [
 
 
 @pytest.mark.parametrize("name", _SCRIPTS)
-def test_a_name_in_any_script_may_be_written_raw(name: str) -> None:
+def test_a_name_in_any_script_may_be_written_raw(name):
     header = f'form-data; name="file"; filename="{name}"'.encode()
     assert parse_disposition(header) == ("file", name)
     assert clean_filename(name, param="file") == name
@@ -50,12 +50,12 @@ def test_a_name_in_any_script_may_be_written_raw(name: str) -> None:
         (b'form-data; name="file"', None),
     ],
 )  # fmt: skip
-def test_every_way_to_write_a_name_is_read(header: bytes, name: str | None) -> None:
+def test_every_way_to_write_a_name_is_read(header, name):
     assert parse_disposition(header) == ("file", name)
 
 
 @given(st.binary(max_size=200))
-def test_no_header_breaks_the_reading(header: bytes) -> None:
+def test_no_header_breaks_the_reading(header):
     parse_disposition(b"form-data; " + header)
 
 
@@ -65,20 +65,20 @@ _NAMES = st.text(
 
 
 @given(_NAMES)
-def test_the_name_of_an_answer_is_ascii_on_the_wire_and_whole_when_read(name: str) -> None:
+def test_the_name_of_an_answer_is_ascii_on_the_wire_and_whole_when_read(name):
     header = content_disposition(name)
     assert header.isascii()
     assert not any(unicodedata.category(c) == "Cc" for c in header)
     assert parse_disposition(header.encode()) == ("", name)
 
 
-def test_an_answer_names_no_folder_to_save_in() -> None:
+def test_an_answer_names_no_folder_to_save_in():
     assert content_disposition("../../etc/passwd") == 'attachment; filename="passwd"'
     assert content_disposition("C:\\rows\\a.jsonl") == 'attachment; filename="a.jsonl"'
     assert content_disposition("..") == 'attachment; filename="file"'
 
 
-def test_a_clean_name_has_no_control_characters_and_at_most_255_others() -> None:
+def test_a_clean_name_has_no_control_characters_and_at_most_255_others():
     assert clean_filename("a\r\nX-Evil: 1\0.jsonl", param="file") == "aX-Evil: 1.jsonl"
     assert clean_filename("\r\n", param="file") == clean_filename("", param="file") == "upload"
     assert clean_filename("数" * 255, param="file") == "数" * 255

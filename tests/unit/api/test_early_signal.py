@@ -9,7 +9,7 @@ import uvicorn
 from api.__main__ import _Server
 
 
-def test_a_signal_before_the_start_stops_the_server() -> None:
+def test_a_signal_before_the_start_stops_the_server():
     closed: list[bool] = []
     parts: Any = SimpleNamespace(hub=SimpleNamespace(close_streams=lambda: closed.append(True)))
 

@@ -29,14 +29,14 @@ def _all_errors() -> list[type[LuthierError]]:
     return classes
 
 
-def test_every_class_of_the_list_is_looked_at() -> None:
+def test_every_class_of_the_list_is_looked_at():
     named = {cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, LuthierError)}
     assert named <= set(_all_errors())
     assert len(named) > 25
 
 
 @pytest.mark.parametrize("cls", _all_errors(), ids=lambda cls: cls.__name__)
-def test_no_sdk_repeats_a_permanent_refusal_or_waits_long_for_a_passing_one(cls: type[LuthierError]) -> None:
+def test_no_sdk_repeats_a_permanent_refusal_or_waits_long_for_a_passing_one(cls):
     try:
         error = cls("what is wrong", param="where")
     except TypeError:

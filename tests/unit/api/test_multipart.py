@@ -51,7 +51,7 @@ def _read(body: bytes, cuts: list[int]) -> tuple[list[object], bytes]:
 @given(st.lists(_PIECES, max_size=8).map(b"".join), st.lists(st.integers(0, 400), max_size=8))
 # A boundary across two chunks, the second of which has no carriage return.
 @example(b"row", [len(_form(b"row")) - 70 + place for place in (0, 2, 4)])
-def test_a_file_comes_out_as_it_went_in_wherever_the_body_is_cut(content: bytes, cuts: list[int]) -> None:
+def test_a_file_comes_out_as_it_went_in_wherever_the_body_is_cut(content, cuts):
     parts = [FieldPart("purpose", "vision"), FileBegin("file", "a"), FieldPart("last", "1")]
     body = _form(content)
     if b"\r\n--xy" in content:
@@ -61,7 +61,7 @@ def test_a_file_comes_out_as_it_went_in_wherever_the_body_is_cut(content: bytes,
 
 
 @pytest.mark.parametrize("num_missing", [1, 3, 5, 40, 75, 200])
-def test_a_form_that_ends_early_is_refused(num_missing: int) -> None:
+def test_a_form_that_ends_early_is_refused(num_missing):
     body = _form(b"row" * 100).removesuffix(b"\r\n")
     with pytest.raises(InvalidRequestError):
         _read(body[:-num_missing], [])

@@ -23,7 +23,7 @@ from luthier.core.errors import RangeNotSatisfiableError
         ("bytes=,0-1", (0, 2)),
     ],
 )
-def test_one_range_is_read(header: str, expected: tuple[int, int]) -> None:
+def test_one_range_is_read(header, expected):
     assert parse_range(header, 10000) == expected
 
 
@@ -45,7 +45,7 @@ def test_one_range_is_read(header: str, expected: tuple[int, int]) -> None:
         "bytes=" + "9" * 5000 + "-",
     ],
 )
-def test_what_is_no_single_range_is_answered_whole(header: str) -> None:
+def test_what_is_no_single_range_is_answered_whole(header):
     assert parse_range(header, 10000) is None
 
 
@@ -53,13 +53,13 @@ def test_what_is_no_single_range_is_answered_whole(header: str) -> None:
     ("header", "size_bytes"),
     [("bytes=99-", 99), ("bytes=99-100", 99), ("bytes=-0", 99), ("bytes=0-", 0), ("bytes=-5", 0)],
 )
-def test_a_range_without_a_byte_is_refused(header: str, size_bytes: int) -> None:
+def test_a_range_without_a_byte_is_refused(header, size_bytes):
     with pytest.raises(RangeNotSatisfiableError):
         parse_range(header, size_bytes)
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 30))
-def test_a_range_is_the_slice_that_it_names(first: int, last: int, size_bytes: int) -> None:
+def test_a_range_is_the_slice_that_it_names(first, last, size_bytes):
     content = bytes(range(size_bytes))
     expected = content[first : last + 1]
     try:

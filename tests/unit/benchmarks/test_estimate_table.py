@@ -18,7 +18,7 @@ def _row(before: float, after: float, measured: list[float], bytes_: tuple[int, 
     }
 
 
-def test_errors_are_those_of_the_medians_and_bold_over_their_bars() -> None:
+def test_errors_are_those_of_the_medians_and_bold_over_their_bars():
     mebibyte = 2**20
     rows = {
         "speed": {"device": {}},

@@ -144,5 +144,5 @@ def test_a_stopped_measurement_continues_and_other_code_begins_again(tmp_path):
         ("processor\t: 0\nBogoMIPS\t: 50.00\n", "?"),
     ],
 )
-def test_processors_of_one_name_are_distinguished(info: str, name: str):
+def test_processors_of_one_name_are_distinguished(info, name):
     assert _name_processor(info) == name

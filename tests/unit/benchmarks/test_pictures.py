@@ -12,13 +12,13 @@ def _texts(picture: str) -> list[str]:
     return [element.text or "" for element in ElementTree.fromstring(picture).iter(_TEXT)]
 
 
-def test_a_recording_shows_the_command_and_its_lines_without_terminal_codes() -> None:
+def test_a_recording_shows_the_command_and_its_lines_without_terminal_codes():
     lines = record([sys.executable, "-c", r"print('\x1b[1ma <b>\x1b[0m'); print('10 %\r100 %')"])
     texts = _texts(draw_terminal("make demo", lines))
     assert texts[1:] == ["$ make demo", "a <b>", "100 %"]
 
 
-def test_a_long_recording_leaves_out_its_middle_and_shortens_pauses() -> None:
+def test_a_long_recording_leaves_out_its_middle_and_shortens_pauses():
     picture = draw_terminal("run", [Line(60.0 * number, f"{number} is a line") for number in range(100)])
     texts = _texts(picture)
     assert texts[2] == "0 is a line"
@@ -28,7 +28,7 @@ def test_a_long_recording_leaves_out_its_middle_and_shortens_pauses() -> None:
     assert max(float(part.split("s")[0]) for part in picture.split("animation-delay:")[1:]) < 60
 
 
-def test_lines_that_begin_alike_are_shown_at_both_ends() -> None:
+def test_lines_that_begin_alike_are_shown_at_both_ends():
     lines = [
         Line(0.0, "begin"),
         *(Line(1.0, f"Step 1 of {number}") for number in range(30)),
@@ -40,7 +40,7 @@ def test_lines_that_begin_alike_are_shown_at_both_ends() -> None:
     assert texts[-1] == "end"
 
 
-def test_bars_are_as_long_as_the_logarithm_of_the_ratio() -> None:
+def test_bars_are_as_long_as_the_logarithm_of_the_ratio():
     picture = draw_ratios([Ratio("two", 2.0, 1.9, 2.1), Ratio("eight", 8.0, 7.0, 9.0)])
     widths = [
         float(element.attrib["width"])

@@ -7,13 +7,11 @@ import torch
 
 from benchmarks.quality.answer import Answerer
 from benchmarks.quality.task import Prompt, to_messages
-from luthier.bases.catalogue import FACTS_NAME
-from luthier.core.specs import BaseFacts
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.methods import Start, Workload, discover, method_of_artifact
-from luthier.methods._tuning import check_tuning, parse_tuning
+from luthier.methods import discover, method_of_artifact
 from luthier.modeling.load import load_base
+from tests.unit.inference.artifacts import build_method_artifact
 
 _PROMPTS: list[Prompt] = [
     (("user", "what is the colour of the sky?"),),
@@ -21,24 +19,6 @@ _PROMPTS: list[Prompt] = [
     (("user", "one"), ("assistant", "two"), ("user", "three and four and five and six")),
 ]
 _NUM_TOKENS = 6
-
-
-def _make_artifact(base: Path, folder: Path, name: str) -> Path:
-    """Save an artifact of a method whose every trained number is far from its start."""
-    facts = BaseFacts.model_validate_json((base / FACTS_NAME).read_bytes())
-    method, params = parse_tuning(check_tuning({"type": name}))
-    params = method.resolve(params, Workload(facts, num_rows=8, num_tokens=100))
-    causal_lm = load_base(base, dtype=torch.float32, device="cpu")
-    tokenizer = Tokenizer.load(base)
-    start = Start(seed=1, base_id=facts.id, tokenize=tokenizer.encode, examples=[[5, 6, 7, 8]])
-    attached = method.attach(causal_lm, params, start)
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for _, parameter in attached.named_trained_parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    folder.mkdir()
-    method.save(attached, folder)
-    return folder
 
 
 @torch.no_grad()
@@ -64,8 +44,11 @@ def _slow_answer(base: Path, artifact: Path | None, prompt: Prompt) -> str:
 
 
 @pytest.mark.parametrize("name", ["base", *discover()])
-def test_answers_in_one_batch_are_those_of_the_model_alone(base: Path, tmp_path: Path, name: str) -> None:
-    artifact = None if name == "base" else _make_artifact(base, tmp_path / "artifact", name)
+def test_answers_in_one_batch_are_those_of_the_model_alone(base, tmp_path, name):
+    artifact = None
+    if name != "base":
+        # Every trained number is far from its start.
+        artifact = build_method_artifact(tmp_path / "a", base, {"type": name}, seed=1, scale=1.0).folder
     answerer = Answerer(base, artifact, dtype=torch.float32, num_threads=torch.get_num_threads(), num_rows=2)
     answers = answerer.answer(_PROMPTS, max_new_tokens=_NUM_TOKENS)
     assert answers == [_slow_answer(base, artifact, prompt) for prompt in _PROMPTS]

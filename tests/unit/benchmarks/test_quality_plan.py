@@ -14,7 +14,7 @@ def _cells(**asked: list[str] | list[int] | None) -> list[Cell]:
     return list(cells_of(["routing", "orders"], argparse.Namespace(**options)))
 
 
-def test_everything_is_measured_by_default_with_two_seeds_and_no_cell_twice() -> None:
+def test_everything_is_measured_by_default_with_two_seeds_and_no_cell_twice():
     cells = _cells()
     num_methods = len(discover())
     num_recipes = sum(len(RECIPES[method]) for method in discover())
@@ -23,12 +23,12 @@ def test_everything_is_measured_by_default_with_two_seeds_and_no_cell_twice() ->
     assert len(set(cells)) == len(cells)
 
 
-def test_what_the_table_needs_most_is_measured_first() -> None:
+def test_what_the_table_needs_most_is_measured_first():
     kinds = ["base" if c.model == "base" else "auto" if c.recipe == "auto" else "hand" for c in _cells()]
     assert kinds == sorted(kinds, key=["base", "auto", "hand"].index)
 
 
-def test_a_part_can_be_asked_for() -> None:
+def test_a_part_can_be_asked_for():
     assert _cells(method=["lora"], seed=[3], recipe=["auto"]) == [
         Cell("routing", "lora", "auto", 3),
         Cell("orders", "lora", "auto", 3),
@@ -40,7 +40,7 @@ def test_a_part_can_be_asked_for() -> None:
     assert {cell.model for cell in _cells(recipe=[name]) if cell.model != "base"} == {"lora"}
 
 
-def test_examples_differ_in_their_answers_and_follow_the_seed() -> None:
+def test_examples_differ_in_their_answers_and_follow_the_seed():
     task = make_routing(100, 8)
     examples = choose_examples(task, 4, 1)
     assert len({row.answer for row in examples}) == 4

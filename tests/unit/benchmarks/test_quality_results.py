@@ -32,24 +32,23 @@ def _results(folder: Path, *cells: tuple[Cell, dict[str, object]]) -> Results:
     return results
 
 
-def test_a_stored_cell_is_found_by_the_next_measurement_of_the_same_size_only(tmp_path: Path) -> None:
+def test_a_stored_cell_is_found_by_the_next_measurement_of_the_same_size_only(tmp_path):
     cell = Cell("routing", "lora", "auto", 1)
     _results(tmp_path, (cell, {"scores": {"accuracy": 50.0}}))
     again = Results(tmp_path / "quality.json")
     found = again.find(cell, _SIZE)
-    assert found is not None
     assert found["scores"] == {"accuracy": 50.0}
     assert again.find(cell, Size(20, 8, 1)) is None
     assert again.find(Cell("routing", "lora", "auto", 2), _SIZE) is None
 
 
-def test_a_cell_measured_again_replaces_the_older_one(tmp_path: Path) -> None:
+def test_a_cell_measured_again_replaces_the_older_one(tmp_path):
     cell = Cell("routing", "lora", "auto", 1)
     results = _results(tmp_path, (cell, {"scores": {"accuracy": 1.0}}), (cell, {"scores": {"accuracy": 2.0}}))
     assert [entry["scores"]["accuracy"] for entry in results.of_size(_SIZE)] == [2.0]
 
 
-def test_the_table_shows_mean_and_spread_and_the_best_recipe(tmp_path: Path) -> None:
+def test_the_table_shows_mean_and_spread_and_the_best_recipe(tmp_path):
     results = _results(
         tmp_path,
         (Cell("routing", "base", "0-shot", 1), {"scores": {"accuracy": 12.5}}),
@@ -69,7 +68,7 @@ def test_the_table_shows_mean_and_spread_and_the_best_recipe(tmp_path: Path) -> 
     assert widths == {8}
 
 
-def test_the_table_says_which_task_was_measured_where(tmp_path: Path) -> None:
+def test_the_table_says_which_task_was_measured_where(tmp_path):
     for task, name in (("routing", "one"), ("orders", "two"), ("routing", "one")):
         results = Results(tmp_path / "quality.json")
         machine = _MACHINE | {"processor": name}
@@ -78,11 +77,11 @@ def test_the_table_says_which_task_was_measured_where(tmp_path: Path) -> None:
     assert "base a-base. Measured on one, 1 threads (CPU): routing, 8 labels; two, 1 threads (CPU): " in text
 
 
-def test_without_cells_the_table_says_that_nothing_was_measured(tmp_path: Path) -> None:
+def test_without_cells_the_table_says_that_nothing_was_measured(tmp_path):
     assert render(Results(tmp_path / "none.json"), _SIZE, ["lora"]) == NOT_MEASURED
 
 
-def test_the_table_goes_between_the_marks_and_replaces_what_was_there(tmp_path: Path) -> None:
+def test_the_table_goes_between_the_marks_and_replaces_what_was_there(tmp_path):
     document = tmp_path / "methods.md"
     document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     write_into(document, "| new |")
@@ -90,7 +89,7 @@ def test_the_table_goes_between_the_marks_and_replaces_what_was_there(tmp_path: 
     assert document.read_text() == f"before\n{BEGIN}\n\n| newer |\n\n{END}\nafter\n"
 
 
-def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
+def test_a_document_without_marks_is_left_alone(tmp_path):
     document = tmp_path / "methods.md"
     document.write_text("nothing")
     with pytest.raises(SystemExit):
@@ -98,7 +97,7 @@ def test_a_document_without_marks_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(set(RECIPES) & set(discover())))
-def test_every_method_has_three_recipes_that_the_service_accepts(method: str) -> None:
+def test_every_method_has_three_recipes_that_the_service_accepts(method):
     task = make_routing(8, 8)
     automatic = TrainingSpec(
         base_id="base",
@@ -116,5 +115,5 @@ def test_every_method_has_three_recipes_that_the_service_accepts(method: str) ->
         assert spec.training.learning_rate == recipe.learning_rate
 
 
-def test_every_method_has_recipes() -> None:
+def test_every_method_has_recipes():
     assert set(discover()) <= set(RECIPES)

@@ -17,12 +17,10 @@ def test_a_percentile_is_between_its_neighbours():
     assert percentile([7.0], 0.99) == 7.0
 
 
-def test_agreement_counts_until_answers_part_and_what_is_equal_after():
+def test_agreement_counts_until_answers_differ_and_what_is_equal_after():
     found = agreement([[1, 2, 3, 4], [5, 6]], [[1, 2, 9, 4], [7, 6]])
     assert found == {"first_token": 0.5, "leading": 0.25, "equal": pytest.approx(4 / 6)}
-
-
-def test_an_answer_that_is_missing_agrees_with_nothing():
+    # An answer that is missing agrees with nothing.
     assert agreement([[]], [[1, 2]]) == {"first_token": 0.0, "leading": 0.0, "equal": 0.0}
 
 

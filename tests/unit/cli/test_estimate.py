@@ -31,7 +31,7 @@ def _estimate(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys):
     print_estimate(_estimate())
     printed = capsys.readouterr().out
     assert "rows: 9000, 4000 of them counted; 8990 to train on" in printed
@@ -42,7 +42,7 @@ def test_seconds_and_memory_are_printed_with_what_they_rest_on(capsys: pytest.Ca
     assert "\x1b" not in printed
 
 
-def test_without_a_measurement_the_reason_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_measurement_the_reason_is_printed(capsys):
     nothing = dict.fromkeys(("seconds", "peak_memory_bytes", "basis", "artifact_bytes"))
     print_estimate(_estimate(**nothing, reason="No worker has measured it.", warnings=[]))
     printed = capsys.readouterr().out
@@ -55,7 +55,7 @@ def _body(**options: str) -> dict[str, Any]:
     return job_body("base", **given)
 
 
-def test_an_option_must_hold_a_json_object() -> None:
+def test_an_option_must_hold_a_json_object():
     assert _body() == {"model": "base"}
     assert _body(tuning='{"type": "full"}')["tuning"] == {"type": "full"}
     for wrong in ("{", "[1]"):
@@ -63,7 +63,7 @@ def test_an_option_must_hold_a_json_object() -> None:
             _body(tuning=wrong)
 
 
-def test_a_method_is_a_way_to_tune_an_objective_or_the_requests_own_object() -> None:
+def test_a_method_is_a_way_to_tune_an_objective_or_the_requests_own_object():
     assert _body(method="prefix") == {"model": "base", "tuning": {"type": "prefix"}}
     assert _body(method="lora", tuning='{"rank": 4}')["tuning"] == {"type": "lora", "rank": 4}
     assert _body(method="dpo") == {"model": "base", "method": {"type": "dpo"}}

@@ -26,14 +26,14 @@ def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_secrets_are_made_once_and_readable_by_the_owner_only(tmp_path: Path) -> None:
+def test_secrets_are_made_once_and_readable_by_the_owner_only(tmp_path):
     first = load_secrets(tmp_path)
     assert load_secrets(tmp_path) == first
     assert is_well_formed(first.api_key)
     assert _mode(tmp_path / "secrets.json") == 0o600
 
 
-def test_a_home_of_a_version_without_the_sealing_key_gets_one_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_home_of_a_version_without_the_sealing_key_gets_one_and_keeps_the_rest(tmp_path):
     first, path = load_secrets(tmp_path), tmp_path / "secrets.json"
     older = asdict(first)
     del older["secret_key"]
@@ -47,26 +47,23 @@ def test_a_home_of_a_version_without_the_sealing_key_gets_one_and_keeps_the_rest
     assert _mode(path) == 0o600
 
 
-def test_who_only_reads_secrets_makes_none(tmp_path: Path) -> None:
+def test_secrets_are_not_made_by_who_only_reads_and_damaged_ones_are_not_replaced(tmp_path):
     with pytest.raises(StackError, match=r"secrets\.json"):
         load_secrets(tmp_path, only_reads=True)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_secrets_are_not_shown_by_repr(tmp_path: Path) -> None:
-    secrets = load_secrets(tmp_path)
-    for value in (secrets.api_key, secrets.secret_key, secrets.postgres_password, secrets.database_password):
-        assert value not in repr(secrets)
-
-
-def test_damaged_secrets_are_refused_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "secrets.json").write_text("{")
     with pytest.raises(StackError, match=r"secrets\.json"):
         load_secrets(tmp_path)
     assert (tmp_path / "secrets.json").read_text() == "{"
 
 
-def test_a_second_holder_of_the_lock_is_refused_and_the_first_is_named(tmp_path: Path) -> None:
+def test_secrets_are_not_shown_by_repr(tmp_path):
+    secrets = load_secrets(tmp_path)
+    for value in (secrets.api_key, secrets.secret_key, secrets.postgres_password, secrets.database_password):
+        assert value not in repr(secrets)
+
+
+def test_a_second_holder_of_the_lock_is_refused_and_the_first_is_named(tmp_path):
     home = tmp_path / "home"
     with locked_home(home):
         assert _mode(home) == 0o700
@@ -76,19 +73,16 @@ def test_a_second_holder_of_the_lock_is_refused_and_the_first_is_named(tmp_path:
     assert find_lock_holder(home) is None
     with locked_home(home):
         pass
+    assert find_lock_holder(tmp_path / "never used") is None
 
 
-def test_a_home_that_was_never_used_has_no_holder(tmp_path: Path) -> None:
-    assert find_lock_holder(tmp_path / "absent") is None
-
-
-def test_a_home_that_cannot_be_made_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_made_is_refused_in_words(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StackError, match="--home"), locked_home(tmp_path / "file" / "home"):
         pass
 
 
-def test_the_run_folder_is_private_linked_and_removed_at_the_end(tmp_path: Path) -> None:
+def test_the_run_folder_is_private_linked_and_removed_at_the_end(tmp_path):
     with run_folder(tmp_path) as run:
         assert (tmp_path / RUN_LINK_NAME).resolve() == run.resolve()
         assert not _mode(run) & 0o066
@@ -96,7 +90,7 @@ def test_the_run_folder_is_private_linked_and_removed_at_the_end(tmp_path: Path)
     assert not (tmp_path / RUN_LINK_NAME).is_symlink()
 
 
-def test_a_run_folder_that_a_killed_run_left_is_removed_and_those_of_other_homes_stay(tmp_path: Path) -> None:
+def test_a_run_folder_that_a_killed_run_left_is_removed_and_those_of_other_homes_stay(tmp_path):
     other_home = tmp_path / "other"
     other_home.mkdir()
     with run_folder(other_home) as others, run_folder(tmp_path) as killed:
@@ -107,9 +101,7 @@ def test_a_run_folder_that_a_killed_run_left_is_removed_and_those_of_other_homes
             assert others.exists()
 
 
-def test_a_temporary_folder_with_a_long_path_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_temporary_folder_with_a_long_path_is_passed_over(tmp_path, monkeypatch):
     long = tmp_path / ("x" * 100)
     long.mkdir()
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
@@ -118,16 +110,14 @@ def test_a_temporary_folder_with_a_long_path_is_passed_over(
         assert run.parent == Path("/tmp")
 
 
-def test_the_connection_file_is_private(tmp_path: Path) -> None:
+def test_the_connection_file_is_private(tmp_path):
     write_connection(tmp_path, base_url="http://127.0.0.1:1/v1", api_key="lt_x")
     path = tmp_path / "connection.json"
     assert json.loads(path.read_text()) == {"base_url": "http://127.0.0.1:1/v1", "api_key": "lt_x"}
     assert _mode(path) == 0o600
 
 
-def test_the_home_is_the_option_else_the_setting_else_a_folder_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_home_is_the_option_else_the_setting_else_a_folder_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert resolve_home(None) == tmp_path / ".luthier"
     (tmp_path / ".env").write_text("LUTHIER_HOME=/srv/from-file\n")

@@ -28,25 +28,28 @@ def _plan(settings: Settings | None = None) -> Plan:
     return service_plan(environment, host="127.0.0.1", port=8000)
 
 
-def test_state_is_under_the_home_by_absolute_paths() -> None:
-    environment = _environment(Settings())
-    assert environment["LUTHIER_HOME"] == "/srv/home"
-    assert environment["LUTHIER_STORAGE_URL"] == "file:///srv/home/objects"
-    assert environment["LUTHIER_RUNS_DIR"] == "/srv/home/runs"
-    assert environment["LUTHIER_CACHE_DIR"] == "/srv/home/cache"
-    assert environment["LUTHIER_INFERENCE_URL"] == "unix:///tmp/luthier-x/inference.sock"
-
-
-def test_the_homes_key_seals_secrets_unless_the_operator_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _environment(Settings())["LUTHIER_SECRET_KEY"] == "sealing-key"
-    monkeypatch.setenv("LUTHIER_SECRET_KEY", "theirs")
-    assert _environment(Settings())["LUTHIER_SECRET_KEY"] == "theirs"
+@pytest.mark.parametrize(
+    ("name", "value", "operators"),
+    [
+        ("HOME", "/srv/home", None),
+        ("STORAGE_URL", "file:///srv/home/objects", "s3://bucket/prefix"),
+        ("RUNS_DIR", "/srv/home/runs", "/scratch"),
+        ("CACHE_DIR", "/srv/home/cache", None),
+        ("INFERENCE_URL", "unix:///tmp/luthier-x/inference.sock", None),
+        ("SECRET_KEY", "sealing-key", "theirs"),
+    ],
+)
+def test_state_is_under_the_home_by_absolute_paths_unless_the_operator_has_set_it(
+    monkeypatch, name, value, operators
+):
+    assert _environment(Settings())[f"LUTHIER_{name}"] == value
+    if operators is not None:
+        monkeypatch.setenv(f"LUTHIER_{name}", operators)
+        assert _environment(Settings())[f"LUTHIER_{name}"] == operators
 
 
 @pytest.mark.parametrize(("set_to", "seconds"), [(None, 5.0), ("600", 600.0)])
-def test_a_worker_has_as_long_to_stop_as_its_jobs_have_to_save(
-    monkeypatch: pytest.MonkeyPatch, set_to: str | None, seconds: float
-) -> None:
+def test_a_worker_has_as_long_to_stop_as_its_jobs_have_to_save(monkeypatch, set_to, seconds):
     if set_to is not None:
         monkeypatch.setenv("LUTHIER_STOP_SECONDS", set_to)
     (worker,) = [spec for spec in _plan().late if spec.name == "worker"]
@@ -54,24 +57,17 @@ def test_a_worker_has_as_long_to_stop_as_its_jobs_have_to_save(
     assert worker.stop_seconds == seconds + 1
 
 
-def test_what_the_operator_has_set_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LUTHIER_STORAGE_URL", "s3://bucket/prefix")
-    monkeypatch.setenv("LUTHIER_RUNS_DIR", "/scratch")
-    environment = _environment(Settings())
-    assert environment["LUTHIER_STORAGE_URL"] == "s3://bucket/prefix"
-    assert environment["LUTHIER_RUNS_DIR"] == "/scratch"
+def test_each_secret_reaches_only_who_needs_it():
+    plan = _plan()
+    items = (*plan.early, *plan.steps, *plan.late)
+    given = {item.name: "\n".join(item.environment.values()) for item in items}
+    for secret in ("role-password", "lt_first_key", "sealing-key", "valkey.sock"):
+        assert secret not in given["inference"]
+    assert [name for name, values in given.items() if "lt_first_key" in values] == ["bootstrap"]
+    assert not [name for name, values in given.items() if "owner-password" in values]
 
 
-def test_the_inference_server_gets_no_password_and_no_key() -> None:
-    (inference,) = _plan().early
-    values = "\n".join(inference.environment.values())
-    assert "role-password" not in values
-    assert "lt_first_key" not in values
-    assert "sealing-key" not in values
-    assert "valkey.sock" not in values
-
-
-def test_each_inference_process_has_a_socket_of_its_own_and_the_api_knows_all() -> None:
+def test_each_inference_process_has_a_socket_of_its_own_and_the_api_knows_all():
     plan = _plan(Settings(inference_processes=3))
     assert [spec.name for spec in plan.early] == ["inference", "inference-2", "inference-3"]
     urls = [spec.environment["LUTHIER_INFERENCE_URL"] for spec in plan.early]
@@ -82,7 +78,7 @@ def test_each_inference_process_has_a_socket_of_its_own_and_the_api_knows_all() 
     assert {spec.environment["LUTHIER_INFERENCE_PROCESSES"] for spec in plan.early} == {"3"}
 
 
-def test_the_operators_urls_decide_how_many_inference_processes_there_are() -> None:
+def test_the_operators_urls_decide_how_many_inference_processes_there_are():
     plan = _plan(Settings(inference_url="unix:///srv/a.sock, unix:///srv/b.sock"))
     urls = [spec.environment["LUTHIER_INFERENCE_URL"] for spec in plan.early]
     assert urls == ["unix:///srv/a.sock", "unix:///srv/b.sock"]
@@ -90,7 +86,7 @@ def test_the_operators_urls_decide_how_many_inference_processes_there_are() -> N
         _plan(Settings(inference_url="unix:///srv/a.sock", inference_processes=2))
 
 
-def test_a_server_that_is_not_ours_is_not_started() -> None:
+def test_a_server_that_is_not_ours_is_not_started():
     plan = _plan(Settings(inference_backend="vllm", inference_url="http://vllm:8000"))
     assert plan.early == ()
     assert plan.late[0].environment["LUTHIER_INFERENCE_BACKEND"] == "vllm"
@@ -98,29 +94,13 @@ def test_a_server_that_is_not_ours_is_not_started() -> None:
         _plan(Settings(inference_backend="vllm"))
 
 
-def test_only_the_bootstrap_step_gets_the_first_key() -> None:
-    plan = _plan()
-    holders = [
-        item.name
-        for item in (*plan.early, *plan.steps, *plan.late)
-        if "lt_first_key" in item.environment.values()
-    ]
-    assert holders == ["bootstrap"]
-
-
-def test_the_owners_password_reaches_no_process() -> None:
-    plan = _plan()
-    for item in (*plan.early, *plan.steps, *plan.late):
-        assert "owner-password" not in "\n".join(item.environment.values())
-
-
-def test_api_and_worker_are_stopped_before_what_they_use() -> None:
+def test_api_and_worker_are_stopped_before_what_they_use():
     plan = _plan()
     stages = {spec.name: spec.stop_stage for spec in (*plan.early, *plan.late)}
     assert max(stages["api"], stages["worker"]) < stages["inference"]
 
 
-def test_all_stages_together_fit_into_ten_seconds() -> None:
+def test_all_stages_together_fit_into_ten_seconds():
     from luthier.cli.stack.postgres import Postgres
     from luthier.cli.stack.valkey import Valkey
 
@@ -137,5 +117,5 @@ def test_all_stages_together_fit_into_ten_seconds() -> None:
     ("bound", "reached"),
     [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("fd00::1", "[fd00::1]")],
 )
-def test_a_client_here_reaches_what_was_bound(bound: str, reached: str) -> None:
+def test_a_client_here_reaches_what_was_bound(bound, reached):
     assert reachable_host(bound) == reached

@@ -30,28 +30,26 @@ def _dead_pid() -> int:
     return process.pid
 
 
-def test_a_clean_data_folder_is_left_alone(tmp_path: Path) -> None:
+def test_a_clean_data_folder_is_left_alone(tmp_path):
     end_old_server(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dead_servers_pid_file_is_left_to_postgresql(tmp_path: Path) -> None:
+def test_a_dead_servers_pid_file_is_left_to_postgresql(tmp_path):
     path = _write_pid(tmp_path, _dead_pid())
     before = path.read_text()
     end_old_server(tmp_path)
     assert path.read_text() == before
 
 
-def test_a_pid_that_another_process_has_now_is_replaced_by_ours_and_the_rest_is_kept(tmp_path: Path) -> None:
+def test_a_pid_that_another_process_has_now_is_replaced_by_ours_and_the_rest_is_kept(tmp_path):
     path = _write_pid(tmp_path, os.getppid())
     rest = path.read_text().split("\n", 1)[1]
     end_old_server(tmp_path)
     assert path.read_text() == f"{os.getpid()}\n{rest}"
 
 
-def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(tmp_path, monkeypatch):
     monkeypatch.setattr(postgres, "_OLD_SERVER_SECONDS", 0.2)
     # Stands in for a server: its arguments name the data folder, and it ends on SIGQUIT.
     code = (
@@ -59,7 +57,6 @@ def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
         "print(flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, "-D", str(tmp_path)], stdout=subprocess.PIPE)
-    assert process.stdout is not None
     process.stdout.readline()
     _write_pid(tmp_path, process.pid)
     try:
@@ -70,7 +67,7 @@ def test_a_server_that_still_runs_is_ended_by_immediate_shutdown(
         process.stdout.close()
 
 
-def test_data_of_another_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_data_of_another_version_is_refused_with_what_to_do(tmp_path):
     (tmp_path / "PG_VERSION").write_text("9\n")
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -95,7 +92,7 @@ _USER = UnixUser(64_123, 64_123)
 
 
 @as_root
-def test_a_link_of_the_databases_user_leads_root_to_no_other_file(open_folder: Path) -> None:
+def test_a_link_of_the_databases_user_leads_root_to_no_other_file(open_folder):
     target = open_folder / "preload"
     target.write_text(f"{os.getppid()}\nof root\n")
     data = open_folder / "data"
@@ -109,9 +106,7 @@ def test_a_link_of_the_databases_user_leads_root_to_no_other_file(open_folder: P
 
 
 @as_root
-def test_the_first_password_is_written_into_no_folder_of_the_databases_user(
-    open_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_password_is_written_into_no_folder_of_the_databases_user(open_folder, monkeypatch):
     monkeypatch.setenv("STATE_DIRECTORY", str(open_folder / "state"))
     target = open_folder / "target"
     target.write_text("of root")
@@ -124,9 +119,7 @@ def test_the_first_password_is_written_into_no_folder_of_the_databases_user(
     assert (target.read_text(), target.stat().st_uid) == ("of root", 0)
 
 
-def test_nobody_runs_the_database_only_where_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unprivileged_user_runs_the_database_only_where_that_is_asked_for(tmp_path, monkeypatch):
     users = {"nobody": UnixUser(65534, 65534)}
     monkeypatch.setattr(postgres_programs, "_user_of", lambda name: users[name])
     monkeypatch.setattr(postgres_programs, "_USERADD", ("false", "luthier"))

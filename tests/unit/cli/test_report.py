@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import pytest
-
 from luthier.cli.commands.reports import print_report
 
 _FILE = {
@@ -46,7 +44,7 @@ def _run(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_not_there_yet_is_said(capsys):
     print_report(_report(prepare=None, run=None))
     assert capsys.readouterr().out == "The job's files are not prepared yet.\n"
     prepared = {"training": _FILE, "validation": None, "num_train_rows": 22, "num_validation_rows": 2}
@@ -57,7 +55,7 @@ def test_what_is_not_there_yet_is_said(capsys: pytest.CaptureFixture[str]) -> No
     assert printed.endswith("Training has not been scored yet.\n")
 
 
-def test_scores_are_a_table_and_answers_stand_below_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scores_are_a_table_and_answers_stand_below_escaped(capsys):
     evaluations = [
         _evaluation(0, valid_loss=3.0, answers=[{"prompt": "who?", "answer": "\x1b[31mred"}]),
         _evaluation(2, valid_loss=1.5, forgetting=0.1, answers=[{"prompt": "who?", "answer": "me"}]),
@@ -76,9 +74,7 @@ def test_scores_are_a_table_and_answers_stand_below_escaped(capsys: pytest.Captu
     assert lines[-3:] == ["who?", "  step 0: \\x1b[31mred", "  step 2: me"]
 
 
-def test_a_job_that_went_on_names_what_it_started_from_and_scores_the_base_first(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_job_that_went_on_names_what_it_started_from_and_scores_the_base_first(capsys):
     run = _run([_evaluation(0, general_loss=3.5), _evaluation(2, general_loss=3.75, forgetting=0.25)])
     run |= {
         "started_from": {"name": "ft:b:o::\x1b1234567", "digest": "sha256:1"},

@@ -21,7 +21,7 @@ print(faults() - before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
-def test_a_step_that_takes_what_the_last_one_freed_brings_no_page_faults() -> None:
+def test_a_step_that_takes_what_the_last_one_freed_brings_no_page_faults():
     def count(mode: str) -> int:
         command = [sys.executable, "-c", _TAKE_AND_FREE, mode]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

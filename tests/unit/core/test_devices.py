@@ -21,9 +21,7 @@ def _measure(_gpu: Any, memory: Any) -> int:
     return 0
 
 
-def test_a_gpu_is_known_by_its_uuid_not_by_a_number_that_each_container_gives_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_is_known_by_its_uuid_not_by_a_number_that_each_container_gives_anew(monkeypatch):
     driver = SimpleNamespace(
         nvmlInit_v2=lambda: 0,
         nvmlShutdown=lambda: 0,
@@ -34,17 +32,13 @@ def test_a_gpu_is_known_by_its_uuid_not_by_a_number_that_each_container_gives_an
     monkeypatch.setattr(ctypes, "CDLL", lambda _name: driver)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = find_device(Settings(_env_file=None))
-    assert found is not None
     # A tenth is left to everything else.
     assert (found.name, found.training_bytes, found.serving_bytes) == ("GPU-5f0e", 450, 450)
 
 
 @pytest.mark.parametrize(("share", "training", "serving"), [(0.5, 500, 500), (0.0, 1000, 0), (0.9, 100, 900)])
-def test_a_setting_splits_the_memory_between_training_and_serving(
-    share: float, training: int, serving: int
-) -> None:
+def test_a_setting_splits_the_memory_between_training_and_serving(share, training, serving):
     settings = Settings(_env_file=None, device="cpu", device_memory_bytes=1000, serving_memory_share=share)
     found = find_device(settings)
-    assert found is not None
     assert (found.name, found.training_bytes, found.serving_bytes) == ("cpu", training, serving)
     assert found.total_bytes == 1000

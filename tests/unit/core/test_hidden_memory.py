@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from worker.training_process.child import child_environment
 
 # As an ordinary user: nothing is hidden from root.
@@ -33,14 +31,14 @@ read_as_a_child()
 """
 
 
-def test_a_child_can_not_read_the_environment_of_a_process_that_hides_its_memory() -> None:
+def test_a_child_can_not_read_the_environment_of_a_process_that_hides_its_memory():
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, "."], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.split() == ["read", "refused"]
 
 
-def test_training_is_given_what_devices_need_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_given_what_devices_need_and_no_secret(monkeypatch):
     wanted = ("PYTORCH_ALLOC_CONF", "CUDA_DEVICE_ORDER", "CUBLAS_WORKSPACE_CONFIG", "TRITON_CACHE_DIR")
     for name in (*wanted, "NCCL_DEBUG", "AWS_SECRET_ACCESS_KEY", "LUTHIER_DATABASE_URL", "HF_TOKEN"):
         monkeypatch.setenv(name, "x")

@@ -14,13 +14,13 @@ logging.getLogger("ours").info("reported")
 """
 
 
-def test_the_http_library_writes_down_no_url_and_no_header() -> None:
+def test_the_http_library_writes_down_no_url_and_no_header():
     done = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, text=True, check=True)
     assert "reported" in done.stderr
     assert "secret" not in done.stderr
 
 
-def test_an_exception_is_logged_by_types_and_places_without_its_text() -> None:
+def test_an_exception_is_logged_by_types_and_places_without_its_text():
     code = (
         "import logging, structlog\n"
         "from luthier.core.logs import configure_logs\n"

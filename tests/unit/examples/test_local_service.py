@@ -1,4 +1,4 @@
-"""The demo's home: thrown away only when the demo made it and nobody runs on it."""
+"""The demo's home: thrown away only when the demo made it and no service runs on it."""
 
 import fcntl
 import json
@@ -16,7 +16,7 @@ def state_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def test_an_earlier_demo_s_home_is_emptied_and_its_database_removed(tmp_path: Path, state_root: Path) -> None:
+def test_an_earlier_demo_s_home_is_emptied_and_its_database_removed(tmp_path, state_root):
     home = tmp_path / "demo"
     make_fresh_home(home)
     (home / "secrets.json").write_text(json.dumps({"home_id": "abc"}))
@@ -27,7 +27,7 @@ def test_an_earlier_demo_s_home_is_emptied_and_its_database_removed(tmp_path: Pa
     assert [path.name for path in state_root.iterdir()] == ["other"]
 
 
-def test_a_home_that_the_demo_did_not_make_is_left_alone(tmp_path: Path) -> None:
+def test_a_home_that_the_demo_did_not_make_is_left_alone(tmp_path):
     precious = tmp_path / "home" / "objects"
     precious.mkdir(parents=True)
     with pytest.raises(ServiceFailedError, match="left alone"):
@@ -35,7 +35,7 @@ def test_a_home_that_the_demo_did_not_make_is_left_alone(tmp_path: Path) -> None
     assert precious.exists()
 
 
-def test_a_home_that_a_service_runs_on_is_left_alone(tmp_path: Path) -> None:
+def test_a_home_that_a_service_runs_on_is_left_alone(tmp_path):
     home = tmp_path / "demo"
     make_fresh_home(home)
     descriptor = os.open(home / "lock", os.O_RDWR | os.O_CREAT)

@@ -32,17 +32,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> EventRecorder:
     return EventRecorder("http://service/v1", "key", transport=transport)
 
 
-def test_every_event_is_passed_on_unchanged(recorder: EventRecorder) -> None:
+def test_events_are_passed_on_unchanged_and_times_speed_and_the_bases_loss_are_kept(recorder):
     assert list(recorder.follow_events("ftjob-1")) == [event for _, event in EVENTS]
-
-
-def test_times_and_the_base_s_loss_are_kept(recorder: EventRecorder) -> None:
-    list(recorder.follow_events("ftjob-1"))
     assert (recorder.first_step_at, recorder.ended_at) == (10.0, 15.0)
     assert recorder.base_valid_loss == 4.0
-
-
-def test_speed_leaves_out_the_first_step_whose_begin_is_unknown(recorder: EventRecorder) -> None:
-    list(recorder.follow_events("ftjob-1"))
-    # 300 + 500 tokens between the events at 10 s and 14 s.
+    # 300 + 500 tokens between the events at 10 s and 14 s; when the first step began is unknown.
     assert recorder.tokens_per_second == 200.0

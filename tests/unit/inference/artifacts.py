@@ -1,11 +1,13 @@
 """Random artifacts of every method on the tiny base, sealed as training seals them; and references."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from luthier.bases.catalogue import FACTS_NAME
 from luthier.core.specs import BaseFacts
@@ -17,7 +19,7 @@ from luthier.methods import Attached, Method, Start, Workload, discover, method_
 from luthier.methods._tuning import parse_tuning
 from luthier.modeling.load import load_base
 from luthier.modeling.protocols import Budget, LoadedWeights
-from luthier.storage.manifests import Manifest, seal_folder
+from luthier.storage.manifests import Manifest, read_manifest, seal_folder
 from luthier_cpu.decode.runner import PackedProvider
 from tests.tiny_shapes import facts_of
 
@@ -72,7 +74,7 @@ def build_method_artifact(
 ) -> Artifact:
     """Write an artifact of any method as its own `save` does, with random noise on all that is trained.
 
-    It lies on the base, or on a whole model of it.
+    It is for the base, or for a full model of it.
     """
     facts = BaseFacts.model_validate_json((base_folder / FACTS_NAME).read_bytes())
     method, params = parse_tuning(tuning)
@@ -87,6 +89,30 @@ def build_method_artifact(
     digest = facts.digest if on is None else on.digest
     manifest = seal_folder(building, folder, digested=names, base_digest=digest)
     return Artifact(manifest.digest, folder)
+
+
+def damage(artifact: Artifact, folder: Path, fault: str) -> Artifact:
+    """Write a copy of an artifact with one fault in its weights or its base, sealed as a sound one is."""
+    building = folder.with_name(f".{folder.name}.building")
+    shutil.copytree(artifact.folder, building)
+    [path] = building.glob("*.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[-1]
+    if fault == "missing":
+        del weights[name]
+    elif fault == "foreign":
+        weights["foreign." + name] = weights[name].clone()
+    elif fault == "shape":
+        weights[name] = weights[name].flatten()[1:].contiguous()
+    elif fault == "nan":
+        weights[name] = torch.full_like(weights[name], torch.nan)
+    save_file(weights, path, metadata={"format": "pt"})
+    manifest = read_manifest(artifact.folder)
+    base_digest = f"sha256:{1:064x}" if fault == "other base" else manifest.base_digest
+    sealed = seal_folder(building, folder, digested=manifest.digested, base_digest=base_digest)
+    if fault == "torn":
+        (folder / path.name).write_bytes(b"torn")
+    return Artifact(sealed.digest, folder)
 
 
 def method_logits(base_folder: Path, folder: Path, ids: list[int]) -> torch.Tensor:

@@ -8,25 +8,15 @@ import pytest
 from luthier.core.errors import (
     InvalidTypeError,
     InvalidValueError,
-    LuthierError,
     UnknownParameterError,
     UnsupportedValueError,
 )
-from luthier.core.specs import BaseFacts, Hyperparameters, TrainingOptions, TrainingSpec
+from luthier.core.specs import Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.methods import discover
 from luthier.methods._tuning import check_tuning, resolve_spec, row_limit
+from tests.tiny import make_facts
 
-BASE = BaseFacts(
-    id="b",
-    source="path:/b",
-    licence="mit",
-    digest="sha256:1",
-    tokenizer_digest="sha256:2",
-    context_length=512,
-    num_parameters=1,
-    num_layers=2,
-    hidden_size=64,
-)
+BASE = make_facts(context_length=512)
 
 
 def spec(**changes: object) -> TrainingSpec:
@@ -37,14 +27,14 @@ def resolve(given: TrainingSpec, num_rows: int = 240) -> TrainingSpec:
     return resolve_spec(given, base=BASE, num_rows=num_rows, num_tokens=num_rows * 90, num_threads=2)
 
 
-def test_an_empty_object_is_lora_with_auto_kept() -> None:
+def test_an_empty_object_is_lora_with_auto_kept():
     tuning = check_tuning({})
     assert tuning["type"] == "lora"
     assert tuning["rank"] == tuning["alpha"] == tuning["dropout"] == "auto"
     assert tuning["target_modules"] == "all-linear"
 
 
-def test_a_checked_object_checks_to_itself() -> None:
+def test_a_checked_object_checks_to_itself():
     tuning = check_tuning({"type": "lora", "rank": 4, "target_modules": ["q_proj"]})
     assert check_tuning(tuning) == tuning
 
@@ -57,9 +47,7 @@ def test_a_checked_object_checks_to_itself() -> None:
         ({"colour": 1}, "Leave it out."),
     ],
 )
-def test_an_unknown_field_is_refused_with_those_that_its_method_has(
-    tuning: dict[str, object], advice: str
-) -> None:
+def test_an_unknown_field_is_refused_with_those_that_its_method_has(tuning, advice):
     with pytest.raises(UnknownParameterError) as caught:
         check_tuning(tuning)
     fields = discover()[str(tuning.get("type", "lora"))].Params.model_json_schema()["properties"]
@@ -67,33 +55,25 @@ def test_an_unknown_field_is_refused_with_those_that_its_method_has(
 
 
 @pytest.mark.parametrize(
-    ("tuning", "error", "param"),
+    ("field", "value", "error"),
     [
-        ({"colour": 1}, UnknownParameterError, "tuning.colour"),
-        ({"type": "magic"}, InvalidValueError, "tuning.type"),
-        ({"type": 3}, InvalidValueError, "tuning.type"),
-        ({"rank": 0}, InvalidValueError, "tuning.rank"),
-        ({"rank": 257}, InvalidValueError, "tuning.rank"),
-        ({"rank": "many"}, InvalidValueError, "tuning.rank"),
-        ({"rank": [8]}, InvalidTypeError, "tuning.rank"),
-        ({"rank": True}, InvalidTypeError, "tuning.rank"),
-        ({"alpha": float("nan")}, InvalidValueError, "tuning.alpha"),
-        ({"alpha": float("inf")}, InvalidValueError, "tuning.alpha"),
-        ({"dropout": 1.0}, InvalidValueError, "tuning.dropout"),
-        ({"target_modules": "("}, InvalidValueError, "tuning.target_modules"),
-        ({"target_modules": []}, InvalidValueError, "tuning.target_modules"),
-        ({"quantization": "nf4"}, UnsupportedValueError, "tuning.quantization"),
+        ("colour", 1, UnknownParameterError),
+        *[("type", value, InvalidValueError) for value in ("magic", 3)],
+        *[("rank", value, InvalidValueError) for value in (0, 257, "many")],
+        *[("rank", value, InvalidTypeError) for value in ([8], True)],
+        *[("alpha", float(value), InvalidValueError) for value in ("nan", "inf")],
+        ("dropout", 1.0, InvalidValueError),
+        *[("target_modules", value, InvalidValueError) for value in ("(", [])],
+        ("quantization", "nf4", UnsupportedValueError),
     ],
 )
-def test_a_bad_parameter_is_refused_by_its_name(
-    tuning: dict[str, object], error: type[LuthierError], param: str
-) -> None:
+def test_a_bad_parameter_is_refused_by_its_name(field, value, error):
     with pytest.raises(error) as caught:
-        check_tuning(tuning)
-    assert caught.value.param == param
+        check_tuning({field: value})
+    assert caught.value.param == f"tuning.{field}"
 
 
-def test_resolving_leaves_no_auto() -> None:
+def test_resolving_leaves_no_auto():
     resolved = resolve(spec())
     assert resolved.is_resolved
     assert resolved.base == BASE
@@ -102,16 +82,15 @@ def test_resolving_leaves_no_auto() -> None:
     assert resolved.training.learning_rate is not None
 
 
-def test_a_multiplier_scales_the_methods_rate_and_a_given_rate_wins() -> None:
+def test_a_multiplier_scales_the_methods_rate_and_a_given_rate_wins():
     single = resolve(spec()).training.learning_rate
     double = resolve(spec(hyperparameters=Hyperparameters(learning_rate_multiplier=2.0)))
-    assert single is not None
     assert double.training.learning_rate == pytest.approx(2 * single)
     given = resolve(spec(training=TrainingOptions(learning_rate=0.25)))
     assert given.training.learning_rate == 0.25
 
 
-def test_given_numbers_stay() -> None:
+def test_given_numbers_stay():
     asked = spec(
         tuning=check_tuning({"rank": 5, "alpha": 3, "dropout": 0.25}),
         hyperparameters=Hyperparameters(n_epochs=7, batch_size=3),
@@ -122,7 +101,7 @@ def test_given_numbers_stay() -> None:
 
 
 @pytest.mark.parametrize("field", ["n_epochs", "batch_size", "learning_rate_multiplier"])
-def test_hyperparameters_out_of_range_are_refused(field: str) -> None:
+def test_hyperparameters_out_of_range_are_refused(field):
     values = {"n_epochs": (0, 51), "batch_size": (0, 257), "learning_rate_multiplier": (0, -1.0)}
     for value in values[field]:
         with pytest.raises(InvalidValueError) as caught:
@@ -130,30 +109,23 @@ def test_hyperparameters_out_of_range_are_refused(field: str) -> None:
         assert caught.value.param == f"hyperparameters.{field}"
 
 
-def test_more_rows_mean_fewer_epochs_and_larger_batches() -> None:
+def test_more_rows_mean_fewer_epochs_and_larger_batches():
     resolved = [resolve(spec(), num_rows=n).hyperparameters for n in (10, 240, 3_000, 100_000)]
-    epochs = [h.n_epochs for h in resolved]
-    sizes = [h.batch_size for h in resolved]
-    assert epochs == sorted(epochs, reverse=True)
-    assert sizes == sorted(sizes)
-    assert epochs[0] > epochs[-1]
-    assert sizes[0] < sizes[-1]
+    epochs, sizes = [h.n_epochs for h in resolved], [h.batch_size for h in resolved]
+    assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
-def test_prompt_tuning_takes_more_passes_than_the_others_by_itself() -> None:
+def test_prompt_tuning_takes_more_passes_than_the_others_by_itself():
     for num_rows in (10, 240, 3_000, 100_000):
-        passes = {
-            name: resolve(
-                spec(tuning=check_tuning({"type": name})), num_rows=num_rows
-            ).hyperparameters.n_epochs
-            for name in ("lora", "prefix", "prompt")
-        }
-        assert passes["prompt"] == 3 * passes["lora"] == 3 * passes["prefix"]
+        specs = [spec(tuning=check_tuning({"type": name})) for name in ("lora", "prefix", "prompt")]
+        lora, prefix, prompt = [resolve(one, num_rows).hyperparameters.n_epochs for one in specs]
+        assert prompt == 3 * lora == 3 * prefix
     given = spec(tuning=check_tuning({"type": "prompt"}), hyperparameters=Hyperparameters(n_epochs=2))
     assert resolve(given).hyperparameters.n_epochs == 2
 
 
-def test_every_method_has_a_schema_that_names_its_type() -> None:
+def test_every_method_has_a_schema_that_names_its_type():
     for name, method in discover().items():
         schema = method.Params.model_json_schema()
         assert schema["properties"]["type"]["const"] == name
@@ -161,7 +133,7 @@ def test_every_method_has_a_schema_that_names_its_type() -> None:
     assert "lora" in discover()
 
 
-def test_methods_are_known_without_torch() -> None:
+def test_methods_are_known_without_torch():
     code = (
         "import sys, luthier.methods as m, luthier.methods._tuning as t; t.check_tuning({});"
         "[one.Params.model_json_schema() for one in m.discover().values()];"
@@ -183,15 +155,13 @@ def test_methods_are_known_without_torch() -> None:
         ({"type": "prefix"}, None, 448),
     ],
 )
-def test_virtual_tokens_take_their_room_from_the_longest_row(
-    tuning: dict[str, object], asked: int | None, expected: int
-) -> None:
+def test_virtual_tokens_take_their_room_from_the_longest_row(tuning, asked, expected):
     given = spec(tuning=check_tuning(tuning), training={"max_length": asked})
     assert row_limit(given, BASE) == expected
     assert resolve(given).training.max_length == expected
 
 
-def test_virtual_tokens_that_leave_no_room_for_a_row_are_refused() -> None:
+def test_virtual_tokens_that_leave_no_room_for_a_row_are_refused():
     given = spec(tuning=check_tuning({"type": "prompt", "num_virtual_tokens": 512}))
     with pytest.raises(InvalidValueError, match="no room") as caught:
         row_limit(given, BASE)

@@ -22,7 +22,7 @@ def base(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_is_what_the_library_loads(base: Path, dtype: torch.dtype) -> None:
+def test_it_is_what_the_library_loads(base, dtype):
     found = load_base(base, dtype=dtype, device="cpu")
     expected = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     pairs = [*zip(found.state_dict().items(), expected.state_dict().items(), strict=True)]
@@ -36,7 +36,7 @@ def test_it_is_what_the_library_loads(base: Path, dtype: torch.dtype) -> None:
     assert not any(parameter.requires_grad for parameter in found.parameters())
 
 
-def test_a_base_in_several_files_is_whole(base: Path) -> None:
+def test_a_base_in_several_files_is_whole(base):
     weights = load_file(base / WEIGHTS_NAME)
     (base / WEIGHTS_NAME).unlink()
     names = sorted(weights)
@@ -48,7 +48,7 @@ def test_a_base_in_several_files_is_whole(base: Path) -> None:
     load_base(base, dtype=torch.float32, device="cpu")
 
 
-def test_a_file_that_was_cut_off_is_refused(base: Path) -> None:
+def test_a_file_that_was_cut_off_is_refused(base):
     content = (base / WEIGHTS_NAME).read_bytes()
     for size in (4, 40, len(content) - 1):
         (base / WEIGHTS_NAME).write_bytes(content[:size])
@@ -56,7 +56,7 @@ def test_a_file_that_was_cut_off_is_refused(base: Path) -> None:
             load_base(base, dtype=torch.float32, device="cpu")
 
 
-def test_missing_weights_are_refused_and_never_random(base: Path) -> None:
+def test_missing_weights_are_refused_and_never_random(base):
     weights = load_file(base / WEIGHTS_NAME)
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, base / WEIGHTS_NAME)
@@ -65,16 +65,14 @@ def test_missing_weights_are_refused_and_never_random(base: Path) -> None:
 
 
 @pytest.mark.parametrize("architectures", [None, ["NoSuchForCausalLM"], ["__doc__"]], ids=str)
-def test_an_architecture_that_the_library_does_not_know_is_refused(
-    base: Path, architectures: list[str] | None
-) -> None:
+def test_an_architecture_that_the_library_does_not_know_is_refused(base, architectures):
     config = json.loads((base / "config.json").read_text()) | {"architectures": architectures}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(BaseUnavailableError):
         load_base(base, dtype=torch.float32, device="cpu")
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path, base: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path, base):
     shutil.copytree(base, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(BaseUnavailableError):
         load_base(tmp_path / "bare", dtype=torch.float32, device="cpu")

@@ -23,6 +23,16 @@ async def read_request(reader: asyncio.StreamReader) -> bytes:
     return head + (await reader.readexactly(int(lengths[0].split(b":")[1])) if lengths else b"")
 
 
+def writing(sent: bytes) -> Talk:
+    """Read a request, write something and leave."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(sent)
+
+    return talk
+
+
 # The API runs on uvloop where there is one, whose transports are not asyncio's.
 @pytest.fixture(params=[asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
@@ -47,7 +57,7 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
     return run
 
 
-def test_a_request_has_its_headers_and_body_and_pieces_come_as_the_server_sends_them(run: Run) -> None:
+def test_a_request_has_its_headers_and_body_and_pieces_come_as_the_server_sends_them(run):
     asked: list[bytes] = []
     has_read = asyncio.Event()
 
@@ -73,11 +83,7 @@ def test_a_request_has_its_headers_and_body_and_pieces_come_as_the_server_sends_
 
 
 @pytest.mark.parametrize("sent", [CHUNKED + b"1\r\na\r\n", CHUNKED + b"1\r\na\r\n5\r\nbcd"])
-def test_an_answer_that_breaks_off_is_an_error_after_what_came(run: Run, sent: bytes) -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(sent)
-
+def test_an_answer_that_breaks_off_is_an_error_after_what_came(run, sent):
     async def check(client: InferenceClient) -> None:
         pieces = client.pieces(await client.post("/", b"{}"))
         assert await anext(pieces) == b"a"
@@ -86,25 +92,21 @@ def test_an_answer_that_breaks_off_is_an_error_after_what_came(run: Run, sent: b
         with pytest.raises(UnavailableError, match="broke off in the middle"):
             await client.read(await client.post("/", b"{}"))
 
-    run(talk, check)
+    run(writing(sent), check)
 
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\ncontent-"])
-def test_a_server_that_disconnects_before_its_answer_may_have_the_request(run: Run, sent: bytes) -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(sent)
-
+def test_a_server_that_disconnects_before_its_answer_may_have_the_request(run, sent):
     async def check(client: InferenceClient) -> None:
         with pytest.raises(UnavailableError) as raised:
             await client.post("/", b"{}")
-        # Another server is never asked in its place.
+        # Another server is never asked instead.
         assert not isinstance(raised.value, NotAcceptedError)
 
-    run(talk, check)
+    run(writing(sent), check)
 
 
-def test_a_server_that_is_not_there_never_had_the_request(tmp_path: Path) -> None:
+def test_a_server_that_is_not_there_never_had_the_request(tmp_path):
     async def check() -> None:
         client = InferenceClient(f"unix://{tmp_path}/nobody.sock")
         with pytest.raises(NotAcceptedError):
@@ -116,7 +118,7 @@ def test_a_server_that_is_not_there_never_had_the_request(tmp_path: Path) -> Non
     asyncio.run(check())
 
 
-def test_a_slow_reader_stops_the_server_from_sending(run: Run) -> None:
+def test_a_slow_reader_stops_the_server_from_sending(run):
     num_sent, size = 0, 65536
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -143,7 +145,7 @@ def test_a_slow_reader_stops_the_server_from_sending(run: Run) -> None:
     run(talk, check)
 
 
-def test_a_closed_client_ends_what_it_reads_and_says_that_the_service_stops(run: Run) -> None:
+def test_a_closed_client_ends_what_it_reads_and_says_that_the_service_stops(run):
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if b"silent" not in await read_request(reader):
             writer.write(CHUNKED + b"1\r\na\r\n")
@@ -162,27 +164,23 @@ def test_a_closed_client_ends_what_it_reads_and_says_that_the_service_stops(run:
     run(talk, check)
 
 
-def test_a_state_that_does_not_come_whole_counts_as_no_server(run: Run) -> None:
-    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await read_request(reader)
-        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{")
-
+def test_a_state_that_does_not_come_whole_counts_as_no_server(run):
     async def check(client: InferenceClient) -> None:
         with pytest.raises(NotAcceptedError):
             await client.get("/internal/state")
 
-    run(talk, check)
+    run(writing(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{"), check)
 
 
 @pytest.mark.parametrize(
     "url", ["localhost:8001", "ftp://host", "http://", "http://host:port", "http://[::1"]
 )
-def test_a_url_of_another_kind_is_refused_by_name(url: str) -> None:
+def test_a_url_of_another_kind_is_refused_by_name(url):
     with pytest.raises(LuthierError, match="no server's URL"):
         InferenceClient(url)
 
 
-def test_a_url_with_what_would_not_be_sent_is_refused_without_its_password() -> None:
+def test_a_url_with_what_would_not_be_sent_is_refused_without_its_password():
     for url in ("http://user:secret@host", "http://host/?a=1", "http://host/#a"):
         with pytest.raises(LuthierError, match="none of which is sent") as raised:
             InferenceClient(url)

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import pytest
@@ -12,6 +12,7 @@ from luthier.core.inference import ModelTarget
 from luthier.serving.base import Health, NotAcceptedError, Reply
 from luthier.serving.router import ReplicaRouter
 
+pytestmark = pytest.mark.anyio
 BARE = ModelTarget(model="b", base_id="base", project_id="p")
 
 
@@ -89,32 +90,31 @@ class Stage:
             await asyncio.sleep(0)
 
 
-def played(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(_close(test), 20))
-
-    async def _close(test: Callable[[], Awaitable[None]]) -> None:
-        await test()
-
-    run.__name__ = test.__name__
-    return run
+HELD = {"sha256:m"}
+BASE, OTHER = frozenset({"base"}), frozenset({"other"})
 
 
-@played
-async def test_a_model_goes_to_the_one_that_holds_it() -> None:
-    stage = Stage(PlayedServer(), PlayedServer(holds={"sha256:m"}, running=9, waiting=9), PlayedServer())
-    assert [await stage.ask(tuned("m")) for _ in range(3)] == [1, 1, 1]
+@pytest.mark.parametrize(
+    ("servers", "expected"),
+    [
+        # The one that holds the model, the least loaded of those that hold it, one that can answer for it.
+        ([{}, {"holds": HELD, "running": 9, "waiting": 9}, {}], 1),
+        ([{"holds": HELD, "running": 3}, {"holds": HELD, "running": 1}, {}], 1),
+        ([{"serves": BASE, "running": 4}, {"serves": OTHER}], 0),
+    ],
+)
+async def test_a_model_goes_to_the_nearest_server_that_can_answer(servers, expected):
+    stage = Stage(*(PlayedServer(**one) for one in servers))
+    assert [await stage.ask(tuned("m")) for _ in range(3)] == [expected] * 3
 
 
-@played
-async def test_the_least_loaded_of_those_that_hold_it_answers() -> None:
-    held = {"sha256:m"}
-    stage = Stage(PlayedServer(held, running=3), PlayedServer(held, running=1), PlayedServer())
-    assert await stage.ask(tuned("m")) == 1
+async def test_the_bare_base_goes_to_a_server_that_serves_it_and_health_names_all_bases():
+    stage = Stage(PlayedServer(serves=BASE, running=4), PlayedServer(serves=OTHER))
+    assert await stage.ask(BARE) == 0
+    assert (await stage.client.health()).serves == {"base", "other"}
 
 
-@played
-async def test_new_models_go_where_every_api_process_sends_them() -> None:
+async def test_new_models_go_where_every_api_process_sends_them():
     names = [f"m{number}" for number in range(60)]
     stages = [Stage(*(PlayedServer() for _ in range(3))) for _ in range(2)]
     chosen = [[await stage.ask(tuned(name)) for name in names] for stage in stages]
@@ -122,8 +122,7 @@ async def test_new_models_go_where_every_api_process_sends_them() -> None:
     assert all(chosen[0].count(server) >= 10 for server in range(3))
 
 
-@played
-async def test_a_new_model_passes_over_a_server_where_requests_wait_and_stays_where_it_was_sent() -> None:
+async def test_a_new_model_passes_over_a_server_where_requests_wait_and_stays_where_it_was_sent():
     stage = Stage(PlayedServer(), PlayedServer())
     first = await stage.ask(tuned("m"))
     stage = Stage(*(PlayedServer(waiting=int(number == first)) for number in range(2)))
@@ -131,12 +130,11 @@ async def test_a_new_model_passes_over_a_server_where_requests_wait_and_stays_wh
     assert other == 1 - first
     stage.servers[first].waiting, stage.servers[other].waiting = 0, 1
     await stage.later(2)
-    # The other one is loading it, though it does not tell yet.
+    # The other one is loading it, though it does not report it yet.
     assert await stage.ask(tuned("m")) == other
 
 
-@played
-async def test_the_bare_base_goes_to_the_least_loaded_with_open_requests_counted() -> None:
+async def test_the_bare_base_goes_to_the_least_loaded_with_open_requests_counted():
     stage = Stage(PlayedServer(running=1), PlayedServer(running=0))
     first = await stage.client.complete("/v1/completions", b"{}", BARE)
     second = await stage.client.complete("/v1/completions", b"{}", BARE)
@@ -148,8 +146,7 @@ async def test_the_bare_base_goes_to_the_least_loaded_with_open_requests_counted
     assert await stage.ask(BARE) == 1
 
 
-@played
-async def test_a_dead_one_is_passed_over_and_the_next_gets_its_requests() -> None:
+async def test_a_dead_one_is_passed_over_and_the_next_gets_its_requests():
     stage = Stage(PlayedServer(holds={"sha256:m"}), PlayedServer())
     assert await stage.ask(tuned("m")) == 0
     stage.servers[0].is_down = True
@@ -162,8 +159,7 @@ async def test_a_dead_one_is_passed_over_and_the_next_gets_its_requests() -> Non
     assert await stage.ask(tuned("m")) == 0
 
 
-@played
-async def test_a_dead_one_is_looked_at_ever_more_rarely() -> None:
+async def test_a_dead_one_is_looked_at_ever_more_rarely():
     stage = Stage(PlayedServer(is_down=True), PlayedServer())
     for _ in range(240):
         await stage.later(0.5)
@@ -171,8 +167,7 @@ async def test_a_dead_one_is_looked_at_ever_more_rarely() -> None:
     assert 12 <= stage.servers[0].num_looks <= 20
 
 
-@played
-async def test_one_that_does_not_answer_holds_up_the_first_request_for_a_second_and_no_other() -> None:
+async def test_one_that_does_not_answer_holds_up_the_first_request_for_a_second_and_no_other():
     stage = Stage(PlayedServer(answers=asyncio.Event()), PlayedServer())
     assert await stage.ask(BARE) in {0, 1}
     async with asyncio.timeout(10):
@@ -184,8 +179,7 @@ async def test_one_that_does_not_answer_holds_up_the_first_request_for_a_second_
     assert loop.time() - begun < 0.5
 
 
-@played
-async def test_servers_are_not_asked_for_every_request() -> None:
+async def test_servers_are_not_asked_for_every_request():
     stage = Stage(PlayedServer(), PlayedServer())
     for _ in range(10):
         await stage.ask(BARE)
@@ -194,8 +188,7 @@ async def test_servers_are_not_asked_for_every_request() -> None:
     assert [server.num_looks for server in stage.servers] == [2, 2]
 
 
-@played
-async def test_a_refusal_for_want_of_room_is_asked_elsewhere_and_another_is_not() -> None:
+async def test_a_refusal_for_want_of_room_is_asked_elsewhere_and_another_is_not():
     full = PlayedServer(holds={"sha256:m"}, refuses_with=TooManyRequestsError("full"))
     stage = Stage(full, PlayedServer())
     reply = await stage.client.complete("/v1/completions", b"{}", tuned("m"))
@@ -211,8 +204,7 @@ async def test_a_refusal_for_want_of_room_is_asked_elsewhere_and_another_is_not(
         assert sum(len(server.asked) for server in servers) == (1 if is_damaged else 2)
 
 
-@played
-async def test_without_any_server_the_error_is_clear() -> None:
+async def test_without_any_server_the_error_is_clear():
     stage = Stage(PlayedServer(is_down=True), PlayedServer(is_down=True))
     for _ in range(2):
         with pytest.raises(UnavailableError, match="None of the 2 model servers"):
@@ -224,8 +216,7 @@ async def test_without_any_server_the_error_is_clear() -> None:
     assert await stage.ask(BARE) == 1
 
 
-@played
-async def test_one_ready_server_makes_all_ready_and_gets_the_requests() -> None:
+async def test_one_ready_server_makes_all_ready_and_gets_the_requests():
     stage = Stage(
         PlayedServer(is_ready=False), PlayedServer(running=5, holds={"x"}), PlayedServer(is_down=True)
     )
@@ -233,13 +224,3 @@ async def test_one_ready_server_makes_all_ready_and_gets_the_requests() -> None:
     health = await stage.client.health()
     assert health.is_ready
     assert (health.num_running, health.holds, health.serves) == (5, {"x"}, None)
-
-
-@played
-async def test_a_model_goes_to_a_server_that_can_answer_for_it() -> None:
-    stage = Stage(
-        PlayedServer(serves=frozenset({"base"}), running=4), PlayedServer(serves=frozenset({"other"}))
-    )
-    assert await stage.ask(BARE) == 0
-    assert await stage.ask(tuned("m")) == 0
-    assert (await stage.client.health()).serves == {"base", "other"}

@@ -26,7 +26,7 @@ def _folder(parent: Path, name: str = "building", **files: bytes) -> Path:
     return folder
 
 
-def test_a_sealed_folder_verifies_and_its_building_is_gone(tmp_path: Path) -> None:
+def test_a_sealed_folder_verifies_and_its_building_is_gone(tmp_path):
     building = _folder(tmp_path)
     manifest = seal_folder(building, tmp_path / "final", base_digest="sha256:base")
     assert verify_folder(tmp_path / "final") == manifest == read_manifest(tmp_path / "final")
@@ -34,7 +34,7 @@ def test_a_sealed_folder_verifies_and_its_building_is_gone(tmp_path: Path) -> No
     assert set(manifest.files) == {"weights", "card"}
 
 
-def test_the_digest_covers_named_files_and_the_base_alone(tmp_path: Path) -> None:
+def test_the_digest_covers_named_files_and_the_base_alone(tmp_path):
     def digest(number: int, card: bytes, weights: bytes, base: str) -> str:
         building = _folder(tmp_path, f"b{number}", weights=weights, card=card)
         final = tmp_path / f"f{number}"
@@ -46,14 +46,14 @@ def test_the_digest_covers_named_files_and_the_base_alone(tmp_path: Path) -> Non
     assert digest(4, b"one", b"abc", "y") != first
 
 
-def test_sealing_replaces_an_older_folder(tmp_path: Path) -> None:
+def test_sealing_replaces_an_older_folder(tmp_path):
     seal_folder(_folder(tmp_path, weights=b"old"), tmp_path / "final")
     seal_folder(_folder(tmp_path, weights=b"new"), tmp_path / "final")
     assert (tmp_path / "final" / "weights").read_bytes() == b"new"
 
 
 @given(position=st.integers(0, 63), bit=st.integers(0, 7))
-def test_any_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, position: int, bit: int) -> None:
+def test_any_flipped_bit_is_found(tmp_path_factory, position, bit):
     folder = tmp_path_factory.mktemp("flip")
     seal_folder(_folder(folder, weights=bytes(64)), folder / "final")
     content = bytearray(64)
@@ -64,7 +64,7 @@ def test_any_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, posi
 
 
 @pytest.mark.parametrize("damage", ["missing file", "no manifest", "cut manifest", "other digest"])
-def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_folder_is_refused(tmp_path, damage):
     manifest = seal_folder(_folder(tmp_path), tmp_path / "final")
     path = tmp_path / "final" / MANIFEST_NAME
     if damage == "missing file":
@@ -80,7 +80,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
         verify_folder(tmp_path / "final")
 
 
-def test_an_atomic_write_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_an_atomic_write_leaves_no_temporary_file(tmp_path):
     write_file_atomically(tmp_path / "a", b"one", mode=0o600)
     write_file_atomically(tmp_path / "a", b"two", mode=0o600)
     assert (tmp_path / "a").read_bytes() == b"two"
@@ -102,7 +102,7 @@ def _written_by_an_earlier_version(folder: Path, content: bytes, pieces: list[by
     return digest
 
 
-def test_an_artifact_whose_manifest_lists_pieces_still_verifies_and_keeps_its_digest(tmp_path: Path) -> None:
+def test_an_artifact_whose_manifest_lists_pieces_still_verifies_and_keeps_its_digest(tmp_path):
     content = bytes(range(256)) * 4096
     expected = _written_by_an_earlier_version(tmp_path / "a", content, [content[:700_000], content[700_000:]])
     manifest = verify_folder(tmp_path / "a")
@@ -119,7 +119,7 @@ def test_an_artifact_whose_manifest_lists_pieces_still_verifies_and_keeps_its_di
     assert verify_folder(tmp_path / "b") == again
 
 
-def test_a_manifest_of_today_lists_no_pieces(tmp_path: Path) -> None:
+def test_a_manifest_of_today_lists_no_pieces(tmp_path):
     seal_folder(_folder(tmp_path, weights=bytes(5 << 20)), tmp_path / "final")
     entries = json.loads((tmp_path / "final" / MANIFEST_NAME).read_text())["files"]
     assert all(set(entry) == {"sha256", "bytes"} for entry in entries.values())

@@ -17,6 +17,12 @@ def storage(tmp_path: Path) -> Storage:
     return Storage.open(f"file://{tmp_path}/objects")
 
 
+@pytest.fixture
+def published(storage: Storage, tmp_path: Path) -> Manifest:
+    """A folder that is published at `p`."""
+    return storage.put_folder(_sealed(tmp_path), "p")
+
+
 def _sealed(parent: Path, content: bytes = b"abc") -> Path:
     building = parent / "building"
     building.mkdir()
@@ -26,12 +32,11 @@ def _sealed(parent: Path, content: bytes = b"abc") -> Path:
 
 
 def _keys(storage: Storage) -> list[str]:
-    assert storage.local_root is not None
     files = (path for path in storage.local_root.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(storage.local_root)) for path in files)
 
 
-def test_an_object_is_held_as_a_local_file_wherever_it_is(storage: Storage) -> None:
+def test_an_object_is_held_as_a_local_file_wherever_it_is(storage):
     for one in (storage, Storage(MemoryStore(), None)):
         one.put_bytes("a/b", b"abc")
         with one.local_file("a/b") as path:
@@ -41,7 +46,7 @@ def test_an_object_is_held_as_a_local_file_wherever_it_is(storage: Storage) -> N
             pass
 
 
-def test_a_written_object_reads_back_in_ranges(storage: Storage) -> None:
+def test_a_written_object_reads_back_in_ranges(storage):
     content = bytes(range(256)) * 20_000
 
     async def roundtrip() -> bytes:
@@ -55,7 +60,7 @@ def test_a_written_object_reads_back_in_ranges(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("num_bytes", [0, 10, 20_000_000])
-def test_an_aborted_object_leaves_nothing(storage: Storage, num_bytes: int) -> None:
+def test_an_aborted_object_leaves_nothing(storage, num_bytes):
     async def abort() -> None:
         sink = storage.open_sink("a/b")
         if num_bytes:
@@ -66,25 +71,32 @@ def test_an_aborted_object_leaves_nothing(storage: Storage, num_bytes: int) -> N
     assert _keys(storage) == []
 
 
-def test_a_published_folder_comes_back_verified(storage: Storage, tmp_path: Path) -> None:
-    manifest = storage.put_folder(_sealed(tmp_path), "models/one")
-    assert storage.put_folder(tmp_path / "sealed", "models/one") == manifest
-    assert storage.fetch_folder("models/one", tmp_path / "copy") == manifest
+def test_a_published_folder_comes_back_verified(storage, tmp_path, published):
+    assert storage.put_folder(tmp_path / "sealed", "p") == published
+    assert storage.fetch_folder("p", tmp_path / "copy") == published
     assert (tmp_path / "copy" / "weights").read_bytes() == b"abc"
 
 
-def test_another_folder_never_takes_a_published_ones_place(storage: Storage, tmp_path: Path) -> None:
-    storage.put_folder(_sealed(tmp_path), "models/one")
+@pytest.mark.usefixtures("published")
+def test_another_folder_never_replaces_a_published_one(storage, tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(ArtifactCorruptError, match="Another folder"):
-        storage.put_folder(_sealed(tmp_path / "other", b"different"), "models/one")
+        storage.put_folder(_sealed(tmp_path / "other", b"different"), "p")
 
 
-def test_a_changed_object_is_never_fetched(storage: Storage, tmp_path: Path) -> None:
-    storage.put_folder(_sealed(tmp_path), "models/one")
-    storage.put_bytes("models/one/weights", b"abx")
-    with pytest.raises(ArtifactCorruptError, match="weights"):
-        storage.fetch_folder("models/one", tmp_path / "copy")
+@pytest.mark.parametrize("fault", ["changed", "without a manifest", "a linked file", "a linked folder"])
+@pytest.mark.usefixtures("published")
+def test_a_folder_that_is_not_as_it_was_published_is_never_fetched(storage, tmp_path, fault):
+    if fault == "changed":
+        storage.put_bytes("p/weights", b"abx")
+    elif fault == "without a manifest":
+        storage.delete(f"p/{MANIFEST_NAME}")
+    else:
+        linked = storage.local_root / ("p" if fault == "a linked folder" else "p/weights")
+        linked.rename(tmp_path / "elsewhere")
+        linked.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactCorruptError, match={"changed": "weights"}.get(fault, "missing|published")):
+        storage.fetch_folder("p", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
@@ -92,11 +104,8 @@ def test_a_changed_object_is_never_fetched(storage: Storage, tmp_path: Path) -> 
     "name",
     ["../out", "/tmp/out", "a/../../out", "a//b", "./a", "a#1", "manifest.json", "", "a\\b", "a" * 201],
 )
-def test_a_manifest_that_names_a_path_elsewhere_is_refused_and_nothing_is_written(
-    storage: Storage, tmp_path: Path, name: str
-) -> None:
-    assert storage.local_root is not None
-    storage.put_folder(_sealed(tmp_path), "p")
+@pytest.mark.usefixtures("published")
+def test_a_manifest_that_names_a_path_elsewhere_is_refused_and_nothing_is_written(storage, tmp_path, name):
     entry = {"sha256": "0" * 64, "bytes": 3}
     (tmp_path / "objects" / "out").write_bytes(b"abc")
     for files, digested in (({name: entry}, [name]), ({"weights": entry}, [name])):
@@ -107,13 +116,9 @@ def test_a_manifest_that_names_a_path_elsewhere_is_refused_and_nothing_is_writte
     assert not (tmp_path / "copies").exists()
 
 
-def test_a_manifest_whose_hashes_are_right_writes_nothing_outside_of_its_folder(
-    storage: Storage, tmp_path: Path
-) -> None:
-    assert storage.local_root is not None
-    manifest = storage.put_folder(_sealed(tmp_path), "p")
+def test_a_manifest_whose_hashes_are_right_writes_nothing_outside_of_its_folder(storage, tmp_path, published):
     (storage.local_root / "out").write_bytes(b"abc")
-    files = {"../out": manifest.files["weights"]}
+    files = {"../out": published.files["weights"]}
     forged = Manifest.model_construct(
         digest=compute_digest(files, list(files), None), base_digest=None, digested=list(files), files=files
     )
@@ -123,18 +128,7 @@ def test_a_manifest_whose_hashes_are_right_writes_nothing_outside_of_its_folder(
     assert not (tmp_path / "copies").exists()
 
 
-@pytest.mark.parametrize("place", ["p/weights", "p"])
-def test_links_in_storage_are_not_followed(storage: Storage, tmp_path: Path, place: str) -> None:
-    assert storage.local_root is not None
-    storage.put_folder(_sealed(tmp_path), "p")
-    linked = storage.local_root / place
-    linked.rename(tmp_path / "elsewhere")
-    linked.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ArtifactCorruptError, match="missing"):
-        storage.fetch_folder("p", tmp_path / "copy")
-
-
-def test_a_link_is_no_file_of_a_published_folder(storage: Storage, tmp_path: Path) -> None:
+def test_a_link_is_no_file_of_a_published_folder(storage, tmp_path):
     folder = _sealed(tmp_path)
     (folder / "weights").rename(tmp_path / "elsewhere")
     (folder / "weights").symlink_to(tmp_path / "elsewhere")
@@ -142,14 +136,7 @@ def test_a_link_is_no_file_of_a_published_folder(storage: Storage, tmp_path: Pat
         storage.put_folder(folder, "p")
 
 
-def test_what_has_no_manifest_does_not_exist(storage: Storage, tmp_path: Path) -> None:
-    storage.put_folder(_sealed(tmp_path), "models/one")
-    storage.delete(f"models/one/{MANIFEST_NAME}")
-    with pytest.raises(ArtifactCorruptError):
-        storage.fetch_folder("models/one", tmp_path / "copy")
-
-
-def test_deleting_keeps_what_is_to_be_kept(storage: Storage) -> None:
+def test_deleting_keeps_what_is_to_be_kept(storage):
     for key in ("p/jobs/1/e1/prepared/rows", "p/jobs/1/e2/artifact/weights", "p/jobs/10/rows"):
         storage.put_bytes(key, b"x")
     storage.put_bytes("p/jobs/1/e2/step_metrics.csv", b"x")
@@ -165,10 +152,7 @@ def test_deleting_keeps_what_is_to_be_kept(storage: Storage) -> None:
     storage.delete("never/was")
 
 
-def test_a_storage_that_fails_is_distinguished_from_one_that_lacks_an_object(
-    storage: Storage, tmp_path: Path
-) -> None:
-    assert storage.local_root is not None
+def test_a_storage_that_fails_is_distinguished_from_one_that_lacks_an_object(storage, tmp_path):
     (storage.local_root / "models").write_text("a file where a folder should be")
     with pytest.raises(UnavailableError):
         storage.put_folder(_sealed(tmp_path), "models/one")
@@ -176,6 +160,6 @@ def test_a_storage_that_fails_is_distinguished_from_one_that_lacks_an_object(
         storage.put_bytes("models/one", b"x")
 
 
-def test_an_unknown_scheme_is_refused() -> None:
+def test_an_unknown_scheme_is_refused():
     with pytest.raises(LuthierError, match="LUTHIER_STORAGE_URL"):
         Storage.open("ftp://somewhere")

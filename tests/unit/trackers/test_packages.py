@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from pydantic import SecretStr
@@ -15,29 +16,16 @@ from luthier.trackers.base import TrackedRun
 _RUN = TrackedRun("ftjob-1", "proj_1", "tiny", {"n_epochs": 2, "seed": 7})
 
 
-class Calls:
-    """Notes every call of anything below it, and answers with itself."""
-
-    def __init__(self) -> None:
-        self.made: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.made.append((name, args, kwargs))
-            return self
-
-        return call
-
-
 def _module(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> None:
     module = ModuleType(name)
     vars(module).update(members)
     monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_wandb_runs_have_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_runs_have_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch):
     monkeypatch.delenv("WANDB_DIR", raising=False)
-    calls = Calls()
+    calls = Mock()
+    calls.init.return_value = calls
     _module(monkeypatch, "wandb", init=calls.init, Settings=SimpleNamespace)
     tracker = discover()["wandb"]
     config = tracker.Config.model_validate({"project": "p", "entity": "e", "tags": ["mine"]})
@@ -50,7 +38,7 @@ def test_wandb_runs_have_the_jobs_id_and_send_nothing_of_the_machine(monkeypatch
     opened = tracker.open(config, _RUN, settings)
     opened.log(3, {"train_loss": 0.5})
     opened.close("failed")
-    (_, _, begun), (_, (metrics,), at), (_, _, ended) = calls.made
+    (_, _, begun), (_, (metrics,), at), (_, _, ended) = calls.mock_calls
     # Two tenants' projects of one name are separate.
     assert (begun["project"], begun["entity"]) == (f"{_RUN.project_id}-p", "e")
     assert begun["name"] == begun["id"] == "ftjob-1"
@@ -98,7 +86,7 @@ class FakeMlflowClient:
         self.runs[run_id]["status"] = status
 
 
-def test_an_mlflow_run_is_gone_on_with_by_a_later_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_mlflow_run_is_gone_on_with_by_a_later_attempt(monkeypatch):
     monkeypatch.setattr(FakeMlflowClient, "runs", {})
     monkeypatch.setattr(FakeMlflowClient, "experiments", [])
     _module(monkeypatch, "mlflow", MlflowClient=FakeMlflowClient)

@@ -1,7 +1,6 @@
 """TensorBoard's files: one an attempt, each of which says from which step on it counts."""
 
 import struct
-from pathlib import Path
 
 import pytest
 
@@ -13,7 +12,7 @@ from tests.event_files import read_events, scalars
 _RUN = TrackedRun("ftjob-1", "proj_1", "tiny")
 
 
-def test_a_run_is_a_folder_of_files_that_hold_every_number(tmp_path: Path) -> None:
+def test_a_run_is_a_folder_of_files_that_hold_every_number(tmp_path):
     settings = Settings(_env_file=None, tensorboard_dir=str(tmp_path))
     tracker = discover()["tensorboard"]
     config = tracker.Config.model_validate({"project": "mine", "name": "first"})
@@ -37,7 +36,7 @@ def test_a_run_is_a_folder_of_files_that_hold_every_number(tmp_path: Path) -> No
     ]
 
 
-def test_names_can_not_lead_out_of_the_folder() -> None:
+def test_names_can_not_lead_out_of_the_folder():
     config = discover()["tensorboard"].Config
     for name in ("..", "../x", "a/b", "/etc", ".hidden", "a\n", "", "a" * 65, "ü"):
         with pytest.raises(ValueError, match="project"):

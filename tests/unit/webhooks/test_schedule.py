@@ -18,7 +18,7 @@ def _tries(chance: float) -> list[datetime]:
     return tries
 
 
-def test_pauses_grow_threefold_from_five_seconds_to_eight_hours() -> None:
+def test_pauses_grow_threefold_from_five_seconds_to_eight_hours():
     tries = _tries(0.5)
     pauses = [(after - before).total_seconds() for before, after in pairwise(tries)]
     assert pauses[:4] == [5, 15, 45, 135]
@@ -27,24 +27,23 @@ def test_pauses_grow_threefold_from_five_seconds_to_eight_hours() -> None:
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.5, 1.0])
-def test_it_is_tried_for_three_days_and_then_given_up(chance: float) -> None:
+def test_it_is_tried_for_three_days_and_then_given_up(chance):
     tries = _tries(chance)
     assert _BEGAN + timedelta(hours=62) < tries[-1] <= _BEGAN + timedelta(hours=72)
     assert 15 <= len(tries) <= 22
 
 
-def test_deliveries_that_failed_together_are_retried_at_different_times() -> None:
-    early = next_try(3, created_at=_BEGAN, now=_BEGAN, chance=0)
-    late = next_try(3, created_at=_BEGAN, now=_BEGAN, chance=1)
-    assert early is not None
-    assert late is not None
-    assert (early - _BEGAN, late - _BEGAN) == (timedelta(seconds=36), timedelta(seconds=54))
-
-
-def test_a_count_beyond_reason_is_no_overflow() -> None:
-    assert next_try(10**6, created_at=_BEGAN, now=_BEGAN, chance=0.5) == _BEGAN + timedelta(hours=8)
-
-
-def test_an_old_event_that_is_found_late_is_given_up_after_its_try() -> None:
-    now = _BEGAN + timedelta(hours=73)
-    assert next_try(1, created_at=_BEGAN, now=now, chance=0.5) is None
+@pytest.mark.parametrize(
+    ("num_tries", "late", "chance", "pause"),
+    [
+        # Deliveries that failed together are tried again at different times.
+        (3, timedelta(0), 0.0, timedelta(seconds=36)),
+        (3, timedelta(0), 1.0, timedelta(seconds=54)),
+        # A count beyond reason is no overflow, and an old event that is found late is given up after its try.
+        (10**6, timedelta(0), 0.5, timedelta(hours=8)),
+        (1, timedelta(hours=73), 0.5, None),
+    ],
+)
+def test_the_next_try_is_at_a_time_of_its_own(num_tries, late, chance, pause):
+    moment = next_try(num_tries, created_at=_BEGAN, now=_BEGAN + late, chance=chance)
+    assert moment == (None if pause is None else _BEGAN + pause)

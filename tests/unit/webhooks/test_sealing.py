@@ -8,7 +8,7 @@ from luthier.core.errors import SecretKeyError
 from luthier.webhooks.sealing import Sealer, new_secret_key
 
 
-def test_what_is_sealed_is_opened_by_any_of_the_keys_and_sealed_by_the_first() -> None:
+def test_what_is_sealed_is_opened_by_any_of_the_keys_and_sealed_by_the_first():
     older, newer = new_secret_key(), new_secret_key()
     sealed = Sealer(older).seal("whsec_1")
     assert "whsec" not in sealed
@@ -20,7 +20,7 @@ def test_what_is_sealed_is_opened_by_any_of_the_keys_and_sealed_by_the_first() -
             Sealer(keys).open(sealed)
 
 
-def test_a_key_is_base64_of_32_bytes_in_either_alphabet() -> None:
+def test_a_key_is_base64_of_32_bytes_in_either_alphabet():
     # Its base64 has both characters that differ.
     key = b"\xfb\xff" * 16
     plain, for_urls = base64.b64encode(key).decode(), base64.urlsafe_b64encode(key).decode()

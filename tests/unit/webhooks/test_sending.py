@@ -8,6 +8,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import httpx2
 import pytest
@@ -48,18 +49,13 @@ def _send(
     )
 
 
-def test_the_address_that_was_checked_is_the_one_that_is_called() -> None:
+def test_the_address_that_was_checked_is_the_one_that_is_called():
     # A rebinding name server: public when it is checked, internal ever after.
     names = Names(["1.1.1.1"], ["127.0.0.1"])
-    called: list[httpx2.Request] = []
-
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        called.append(request)
-        return httpx2.Response(204)
-
+    answer = Mock(return_value=httpx2.Response(204))
     assert _send("https://hooks.example:8443/a?b=c", names, answer) == Outcome(status_code=204)
     assert names.num_asked == 1
-    request = called[0]
+    (request,) = answer.call_args.args
     assert (request.url.host, request.url.port) == ("1.1.1.1", 8443)
     assert request.url.raw_path == b"/a?b=c"
     assert request.headers["host"] == "hooks.example:8443"
@@ -68,17 +64,16 @@ def test_the_address_that_was_checked_is_the_one_that_is_called() -> None:
     assert request.headers["content-type"] == "application/json"
 
 
-def test_a_name_that_leads_inside_is_never_called() -> None:
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        raise AssertionError("it was called")
-
+def test_a_name_that_leads_inside_is_never_called():
+    answer = Mock()
     for addresses in (["127.0.0.1"], ["1.1.1.1", "::1"], ["fe80::1%eth0"], ["::ffff:169.254.169.254"]):
         outcome = _send("https://hooks.example/", Names(addresses), answer)
         assert outcome.status_code is None
         assert outcome.error == sending.NO_PUBLIC_ADDRESS
+    answer.assert_not_called()
 
 
-def test_an_address_that_does_not_answer_is_followed_by_the_next() -> None:
+def test_an_address_that_does_not_answer_is_followed_by_the_next():
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.host == "2606:4700:4700::1111":
             raise httpx2.ConnectError("no route")
@@ -88,7 +83,7 @@ def test_an_address_that_does_not_answer_is_followed_by_the_next() -> None:
     assert _send("https://hooks.example/", names, answer).is_success
 
 
-def test_only_a_2xx_is_a_success_and_a_redirect_is_not_followed() -> None:
+def test_only_a_2xx_is_a_success_and_a_redirect_is_not_followed():
     called: list[str] = []
 
     def answer(request: httpx2.Request) -> httpx2.Response:
@@ -103,16 +98,12 @@ def test_only_a_2xx_is_a_success_and_a_redirect_is_not_followed() -> None:
     assert len(called) == 14
 
 
-def test_what_goes_wrong_on_the_way_is_an_outcome_in_our_own_words() -> None:
+def test_what_goes_wrong_on_the_way_is_an_outcome_in_our_own_words():
     async def unknown(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(-2, "Name or service not known")
 
-    def refuse(request: httpx2.Request) -> httpx2.Response:
-        raise httpx2.ConnectError("refused")
-
-    def babble(request: httpx2.Request) -> httpx2.Response:
-        raise httpx2.RemoteProtocolError("secret words of the receiver")
-
+    refuse = Mock(side_effect=httpx2.ConnectError("refused"))
+    babble = Mock(side_effect=httpx2.RemoteProtocolError("secret words of the receiver"))
     for names, answer in ((unknown, refuse), (Names(["1.1.1.1"]), refuse), (Names(["1.1.1.1"]), babble)):
         outcome = _send("https://hooks.example/", names, answer)  # type: ignore[arg-type]
         assert outcome.status_code is None
@@ -121,7 +112,7 @@ def test_what_goes_wrong_on_the_way_is_an_outcome_in_our_own_words() -> None:
     assert _send("https://hooks.example/", Names([]), refuse).error
 
 
-def test_a_resolver_or_receiver_that_never_answers_is_left_in_time() -> None:
+def test_a_resolver_or_receiver_that_never_answers_is_left_in_time():
     class Silent(httpx2.AsyncBaseTransport):
         async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
             await asyncio.Event().wait()
@@ -134,7 +125,7 @@ def test_a_resolver_or_receiver_that_never_answers_is_left_in_time() -> None:
     assert outcome == Outcome(error="no answer within 0.05 seconds")
 
 
-def test_a_resolver_that_hangs_in_its_thread_is_left_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resolver_that_hangs_in_its_thread_is_left_in_time(monkeypatch):
     may_answer = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: may_answer.wait(20) and [])
     message = Message("wh_1", "https://hooks.example/", _BODY, (new_secret(),))
@@ -155,7 +146,7 @@ def test_a_resolver_that_hangs_in_its_thread_is_left_in_time(monkeypatch: pytest
         thread.join(timeout=15)
 
 
-def test_names_beyond_the_bound_are_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_beyond_the_bound_are_put_off(monkeypatch):
     monkeypatch.setattr(sending, "_asking", threading.BoundedSemaphore(1))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_args, **_kwargs: [(0, 0, 0, "", ("1.1.1.1", 443))])
 
@@ -211,9 +202,7 @@ def tls_server(tmp_path: Path) -> "tuple[int, Path, list[str | None]]":
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_tls_asks_for_the_names_certificate_at_the_checked_address(
-    tls_server: "tuple[int, Path, list[str | None]]",
-) -> None:
+def test_tls_asks_for_the_names_certificate_at_the_checked_address(tls_server):
     port, certificate, asked = tls_server
     rules = TargetRules.parse(allow_http=False, allowed_targets="127.0.0.1")
     trusting = ssl.create_default_context(cafile=str(certificate))

@@ -56,28 +56,6 @@ def message_row(**fields):
         ({"messages": [USER]}, "messages[0].role", "messages.no_assistant"),
         ({"messages": [ASSISTANT, USER]}, "messages[1].role", "messages.last"),
         ({"messages": [{"content": "x"}, ASSISTANT]}, "messages[0].role", "message.role"),
-        (message_row(role="bot"), "messages[1].role", "message.role"),
-        (message_row(role="tool"), "messages[1].tool_call_id", "message.tool_call_id"),
-        (message_row(role=["assistant"]), "messages[1].role", "message.role"),
-        (message_row(tool_calls=[]), "messages[1].tool_calls", "tool_calls.type"),
-        (message_row(audio={"id": "x"}), "messages[1].audio", "message.unsupported"),
-        (message_row(refusal="no"), "messages[1].refusal", "message.unsupported"),
-        (message_row(reasoning_content=1), "messages[1].reasoning_content", "message.reasoning_content"),
-        (message_row(wait=1), "messages[1].wait", "message.unknown_key"),
-        (message_row(content=None), "messages[1].content", "message.content"),
-        (message_row(content=[]), "messages[1].content", "message.content"),
-        (message_row(content=["x"]), "messages[1].content[0]", "content.part"),
-        (
-            message_row(content=[{"type": "image_url", "image_url": {}}]),
-            "messages[1].content[0].type",
-            "content.unsupported",
-        ),
-        (message_row(name=1), "messages[1].name", "message.name"),
-        (message_row(weight=True), "messages[1].weight", "message.weight"),
-        (message_row(weight=0.5), "messages[1].weight", "message.weight"),
-        (message_row(weight=1.0), "messages[1].weight", "message.weight"),
-        (message_row(weight=2), "messages[1].weight", "message.weight"),
-        (message_row(weight=None), "messages[1].weight", "message.weight"),
         ({"messages": [{**USER, "weight": 1}, ASSISTANT]}, "messages[0].weight", "message.weight"),
         (
             {"messages": [{"role": "system", "content": "x", "weight": 0}, ASSISTANT]},
@@ -90,6 +68,34 @@ def test_a_broken_rule_is_reported_with_its_line_field_and_rule(row, field, rule
     assert read(row) is None
     faults = explain(row)
     assert [(fault.line, fault.field, fault.rule) for fault in faults] == [(7, field, rule)]
+
+
+IMAGE = [{"type": "image_url", "image_url": {}}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "rule"),
+    [
+        ({"role": "bot"}, "role", "message.role"),
+        ({"role": "tool"}, "tool_call_id", "message.tool_call_id"),
+        ({"role": ["assistant"]}, "role", "message.role"),
+        ({"tool_calls": []}, "tool_calls", "tool_calls.type"),
+        ({"audio": {"id": "x"}}, "audio", "message.unsupported"),
+        ({"refusal": "no"}, "refusal", "message.unsupported"),
+        ({"reasoning_content": 1}, "reasoning_content", "message.reasoning_content"),
+        ({"wait": 1}, "wait", "message.unknown_key"),
+        ({"content": None}, "content", "message.content"),
+        ({"content": []}, "content", "message.content"),
+        ({"content": ["x"]}, "content[0]", "content.part"),
+        ({"content": IMAGE}, "content[0].type", "content.unsupported"),
+        ({"name": 1}, "name", "message.name"),
+        *[({"weight": weight}, "weight", "message.weight") for weight in (True, 0.5, 1.0, 2, None)],
+    ],
+)
+def test_a_broken_rule_of_a_message_is_reported_with_its_field_and_rule(fields, field, rule):
+    assert read(message_row(**fields)) is None
+    [fault] = explain(message_row(**fields))
+    assert (fault.line, fault.field, fault.rule) == (7, f"messages[1].{field}", rule)
 
 
 @pytest.mark.parametrize(

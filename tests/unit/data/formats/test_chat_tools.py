@@ -28,6 +28,9 @@ def tool(name="look_up", **fields):
     return {"type": "function", "function": {"name": name, "parameters": {"type": "object"}, **fields}}
 
 
+A, B, FUNCTION = call("a"), call("b"), {"name": "f", "arguments": "{}"}
+
+
 def read(row):
     return read_line(FORMAT, json.dumps(row).encode())
 
@@ -87,41 +90,26 @@ def test_sound_conversations_are_read(messages):
 
 
 @pytest.mark.parametrize(
-    ("messages", "expected"),
+    ("messages", "field", "rule"),
     [
-        ([USER, {**ANSWER, "content": None}], [("messages[1].content", "message.content")]),
-        ([{**USER, "content": None}, ANSWER], [("messages[0].content", "message.content")]),
-        ([USER, calling(), ANSWER], [("messages[1].tool_calls[0].id", "tool_call.unanswered")]),
-        (
-            [USER, calling(call("a"), call("b")), answered("b"), ANSWER],
-            [("messages[1].tool_calls[0].id", "tool_call.unanswered")],
-        ),
-        ([USER, calling(call("a"), call("a"))], [("messages[1].tool_calls[1].id", "tool_call.id_twice")]),
-        ([USER, answered(), ANSWER], [("messages[1].tool_call_id", "tool.no_call")]),
-        (
-            [USER, calling(), answered("c9"), answered(), ANSWER],
-            [("messages[2].tool_call_id", "tool.no_call")],
-        ),
-        ([USER, calling(), answered(), answered(), ANSWER], [("messages[3].tool_call_id", "tool.no_call")]),
-        ([USER, calling(), answered()], [("messages[2].role", "messages.last")]),
-        ([{**USER, "tool_calls": [call()]}, ANSWER], [("messages[0].tool_calls", "message.misplaced")]),
-        (
-            [{**USER, "reasoning_content": "x"}, ANSWER],
-            [("messages[0].reasoning_content", "message.misplaced")],
-        ),
-        ([{**USER, "tool_call_id": "x"}, ANSWER], [("messages[0].tool_call_id", "message.misplaced")]),
-        (
-            [USER, calling(), {"role": "function", "content": "1"}, ANSWER],
-            [("messages[2].name", "message.name")],
-        ),
-        (
-            [USER, calling(function_call={"name": "f", "arguments": "{}"})],
-            [("messages[1].function_call", "tool_calls.twice")],
-        ),
+        ([USER, {**ANSWER, "content": None}], "[1].content", "message.content"),
+        ([{**USER, "content": None}, ANSWER], "[0].content", "message.content"),
+        ([USER, calling(), ANSWER], "[1].tool_calls[0].id", "tool_call.unanswered"),
+        ([USER, calling(A, B), answered("b"), ANSWER], "[1].tool_calls[0].id", "tool_call.unanswered"),
+        ([USER, calling(A, A)], "[1].tool_calls[1].id", "tool_call.id_twice"),
+        ([USER, answered(), ANSWER], "[1].tool_call_id", "tool.no_call"),
+        ([USER, calling(), answered("c9"), answered(), ANSWER], "[2].tool_call_id", "tool.no_call"),
+        ([USER, calling(), answered(), answered(), ANSWER], "[3].tool_call_id", "tool.no_call"),
+        ([USER, calling(), answered()], "[2].role", "messages.last"),
+        ([{**USER, "tool_calls": [A]}, ANSWER], "[0].tool_calls", "message.misplaced"),
+        ([{**USER, "reasoning_content": "x"}, ANSWER], "[0].reasoning_content", "message.misplaced"),
+        ([{**USER, "tool_call_id": "x"}, ANSWER], "[0].tool_call_id", "message.misplaced"),
+        ([USER, calling(), {"role": "function", "content": "1"}, ANSWER], "[2].name", "message.name"),
+        ([USER, calling(function_call=FUNCTION)], "[1].function_call", "tool_calls.twice"),
     ],
 )
-def test_a_rule_between_messages_is_reported_at_its_message(messages, expected):
-    assert faults({"messages": messages}) == expected
+def test_a_rule_between_messages_is_reported_at_its_message(messages, field, rule):
+    assert faults({"messages": messages}) == [(f"messages{field}", rule)]
 
 
 @pytest.mark.parametrize(

@@ -40,28 +40,27 @@ def test_supervised_are_the_answer_and_its_end_of_turn_and_not_the_newline_after
     assert report.num_tokens == report.longest_tokens == len(tokens)
 
 
-def test_every_trained_turn_is_supervised_and_those_of_weight_0_are_not(tmp_path, base):
-    turns = [
-        QUESTION,
-        {"role": "assistant", "content": "one", "weight": 1},
-        QUESTION,
-        {"role": "assistant", "content": "two", "weight": 0},
-        QUESTION,
-        {"role": "assistant", "content": ""},
-    ]
+def answer(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+@pytest.mark.parametrize(
+    ("turns", "supervised"),
+    [
+        # Every trained turn, and none of weight 0.
+        (
+            [QUESTION, answer("one", weight=1), QUESTION, answer("two", weight=0), QUESTION, answer("")],
+            "one<|im_end|><|im_end|>",
+        ),
+        # From the first word where the assistant opens.
+        ([answer("hello"), QUESTION, answer("bye")], "hello<|im_end|>bye<|im_end|>"),
+        # Marks inside an answer do not end it.
+        ([QUESTION, answer("write <|im_end|>\n to stop")], "write <|im_end|>\n to stop<|im_end|>"),
+    ],
+)
+def test_the_turns_of_the_assistant_are_supervised(tmp_path, base, turns, supervised):
     rows, _ = prepare(tmp_path, base, turns)
-    assert supervised_text(rows, 0, base) == "one<|im_end|><|im_end|>"
-
-
-def test_a_conversation_that_the_assistant_opens_is_supervised_from_its_first_word(tmp_path, base):
-    rows, _ = prepare(tmp_path, base, [{"role": "assistant", "content": "hello"}, QUESTION, ANSWER])
-    assert supervised_text(rows, 0, base) == f"hello<|im_end|>{ANSWER['content']}<|im_end|>"
-
-
-def test_end_of_turn_marks_inside_an_answer_do_not_end_its_supervision(tmp_path, base):
-    answer = "write <|im_end|>\n to stop"
-    rows, _ = prepare(tmp_path, base, [QUESTION, {"role": "assistant", "content": answer}])
-    assert supervised_text(rows, 0, base) == answer + "<|im_end|>"
+    assert supervised_text(rows, 0, base) == supervised
 
 
 def test_rows_keep_the_order_and_the_line_numbers_of_the_file(tmp_path, base):
@@ -105,19 +104,22 @@ def test_a_long_row_is_left_out_when_asked(tmp_path, base):
     assert (report.num_dropped, report.dropped_lines) == (1, (2,))
 
 
-def test_a_cut_that_leaves_nothing_to_train_is_a_fault(tmp_path, base):
-    with pytest.raises(InvalidTrainingFileError, match="Line 1: Cut to 100 tokens, nothing of the row"):
-        prepare(tmp_path, base, LATE, max_length=100, too_long="truncate")
-
-
-def test_dropping_every_row_is_an_error(tmp_path, base):
-    with pytest.raises(InvalidTrainingFileError, match="no row left: all 2 are longer"):
-        prepare(tmp_path, base, LONG, LONG, max_length=50, too_long="drop")
-
-
-def test_an_empty_file_is_an_error(tmp_path, base):
-    with pytest.raises(InvalidValidationFileError, match="is empty"):
-        prepare(tmp_path, base, purpose="validation")
+@pytest.mark.parametrize(
+    ("rows", "options", "reported"),
+    [
+        (
+            [LATE],
+            {"max_length": 100, "too_long": "truncate"},
+            "training file .* Line 1: Cut to 100 tokens, nothing of the row",
+        ),
+        ([LONG, LONG], {"max_length": 50, "too_long": "drop"}, "no row left: all 2 are longer"),
+        ([], {"purpose": "validation"}, "validation file is empty"),
+    ],
+)
+def test_a_file_of_which_nothing_is_left_is_refused(tmp_path, base, rows, options, reported):
+    with pytest.raises((InvalidTrainingFileError, InvalidValidationFileError), match=reported) as caught:
+        prepare(tmp_path, base, *rows, **options)
+    assert caught.value.param == f"{options.get('purpose', 'training')}_file"
 
 
 def test_a_row_without_any_trained_token_is_a_fault_of_its_line(tmp_path, base):

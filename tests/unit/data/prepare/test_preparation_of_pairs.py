@@ -32,7 +32,7 @@ def texts(rows: PreparedRows, index: int, base: Path) -> tuple[str, str]:
     return tuple(decode(tokens[part].tolist(), skip_special=False) for part in (~mask, mask))
 
 
-def test_a_pair_is_one_prompt_with_two_answers_the_preferred_one_first(tmp_path: Path, base: Path) -> None:
+def test_a_pair_is_one_prompt_with_two_answers_the_preferred_one_first(tmp_path, base):
     rows, report = prepare(
         tmp_path, base, [preference_row("the sky?", "blue", "green"), preference_row("a", "b", "c")]
     )
@@ -43,7 +43,7 @@ def test_a_pair_is_one_prompt_with_two_answers_the_preferred_one_first(tmp_path:
     assert (report.num_rows, rows.num_rows) == (2, 4)
 
 
-def test_answers_in_the_input_are_context(tmp_path: Path, base: Path) -> None:
+def test_answers_in_the_input_are_context(tmp_path, base):
     row = preference_row("the sky?", "blue", "green")
     row["input"]["messages"][:0] = [
         {"role": "user", "content": "the sea?"},
@@ -53,7 +53,7 @@ def test_answers_in_the_input_are_context(tmp_path: Path, base: Path) -> None:
     assert texts(rows, 0, base)[1] == "blue<|im_end|>"
 
 
-def test_a_pair_is_dropped_or_cut_as_one(tmp_path: Path, base: Path) -> None:
+def test_a_pair_is_dropped_or_cut_as_one(tmp_path, base):
     rows = [preference_row("the sky?", "blue", "green " * 30), preference_row("the sky?", "blue", "red")]
     kept, report = prepare(tmp_path, base, rows, max_length=60, too_long="drop")
     assert kept.lines.tolist() == [2, 2]
@@ -64,7 +64,7 @@ def test_a_pair_is_dropped_or_cut_as_one(tmp_path: Path, base: Path) -> None:
     assert report.truncated_lines == (1,)
 
 
-def test_answers_that_differ_only_in_what_is_cut_off_are_a_fault(tmp_path: Path, base: Path) -> None:
+def test_answers_that_differ_only_in_what_is_cut_off_are_a_fault(tmp_path, base):
     same = "blue " * 40
     rows = [preference_row("the sky?", f"{same} yes", f"{same} no")]
     with pytest.raises(InvalidTrainingFileError, match=r"Line 1, non_preferred_output: Cut to 60 tokens"):
@@ -73,7 +73,7 @@ def test_answers_that_differ_only_in_what_is_cut_off_are_a_fault(tmp_path: Path,
         prepare(tmp_path, base, rows, max_length=60, too_long="drop")
 
 
-def test_a_job_on_preferences_refuses_other_rows_and_the_other_way_round(tmp_path: Path, base: Path) -> None:
+def test_a_job_on_preferences_refuses_other_rows_and_the_other_way_round(tmp_path, base):
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(InvalidTrainingFileError, match=r"format chat.*method dpo learns from preferences"):
         prepare(tmp_path, base, [chat])
@@ -81,7 +81,7 @@ def test_a_job_on_preferences_refuses_other_rows_and_the_other_way_round(tmp_pat
         prepare(tmp_path, base, [preference_row("a", "b", "c")], wants_pairs=False)
 
 
-def test_a_split_parts_no_pair(tmp_path: Path, base: Path) -> None:
+def test_a_split_parts_no_pair(tmp_path, base):
     made = [preference_row(f"number {n * n}?", f"it is {n}", f"it is not {n + 1}") for n in range(12)]
     rows, _ = prepare(tmp_path, base, made)
     training, validation = split_rows(rows, 0.25, rows_per_example=2)
@@ -92,9 +92,7 @@ def test_a_split_parts_no_pair(tmp_path: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize(("too_long", "num_kept"), [("drop", 3), ("truncate", 4)])
-def test_an_estimate_counts_the_pairs_and_tokens_that_prepare_finds(
-    tmp_path: Path, base: Path, too_long: Any, num_kept: int
-) -> None:
+def test_an_estimate_counts_the_pairs_and_tokens_that_prepare_finds(tmp_path, base, too_long, num_kept):
     given = [preference_row(f"colour of {n}?", "it is red", f"no idea {n}") for n in range(3)]
     given.append(preference_row("the sky?", "blue " * 40, "green"))
     rows, _ = prepare(tmp_path, base, given, too_long=too_long, max_length=64)

@@ -49,21 +49,8 @@ def test_harmless_differences_between_editors_are_accepted(content):
     assert check(content).num_rows == content.count(b"messages")
 
 
-PIECES = st.sampled_from(
-    [
-        ROW,
-        b"\n",
-        b"\r\n",
-        b" ",
-        b"{",
-        b"\xff",
-        b"\0",
-        b"x" * 300,
-        b"\xef\xbb\xbf",
-        b"\x1f\x8b",
-        '{"messages": "é"}'.encode(),
-    ]
-)
+_FORMATTED = [ROW, b"\n", b"\r\n", b" ", b"{", '{"messages": "é"}'.encode()]
+PIECES = st.sampled_from([*_FORMATTED, b"\xff", b"\0", b"x" * 300, b"\xef\xbb\xbf", b"\x1f\x8b"])
 
 
 @given(st.lists(PIECES, max_size=30).map(b"".join), st.lists(st.integers(0, 3000), max_size=12))
@@ -87,10 +74,7 @@ def test_any_bytes_give_facts_or_the_one_error(content):
         (b'{"messages": [' + b"[" * 100_000, "Line 2: The line is nested too deeply"),
         (b"{" + b'"n":' + b"1" * 5000 + b"}", "Line 2: A number has too many digits"),
         (ROW[:-1] + b', "messages": []}', 'Line 2: The key "messages" appears twice'),
-        (
-            b'{"messages": [{"role": "assistant", "role": "assistant", "content": "a"}]}',
-            'Line 2: The key "role" appears twice',
-        ),
+        (b'{"messages": [{"role": "user", "role": "user"}]}', 'Line 2: The key "role" appears twice'),
         (b'{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "Line 2: An escape of half"),
         (b"", "Line 2: The line is blank"),
         (b"y" * 1_000_000, "Line 2: The line is longer than 500000 bytes"),
@@ -143,13 +127,6 @@ def test_blank_lines_in_the_middle_are_one_fault_at_the_first_of_them():
     assert caught.value.message == "Line 2: The line is blank; remove it."
 
 
-def test_no_more_than_forty_characters_of_a_row_are_reported():
-    secret = "s" * 500
-    with pytest.raises(InvalidFileFormatError) as caught:
-        check(json.dumps({secret: secret, "messages": [{"role": secret, "content": 1}]}).encode())
-    assert "s" * 41 not in caught.value.message
-
-
 def test_memory_stays_constant_over_an_endless_line():
     chunk = b"z" * (256 * 1024)
     tracemalloc.start()
@@ -160,7 +137,7 @@ def test_memory_stays_constant_over_an_endless_line():
     assert peak_bytes < 2 * 1024 * 1024
 
 
-def test_a_row_counts_for_200_bytes_of_what_a_file_may_hold() -> None:
+def test_a_row_counts_for_200_bytes_of_what_a_file_may_hold():
     row = b'{"text": "t"}\n'
     limits = Limits(max_expanded_bytes=20_000)
     assert check_rows([row * 100], limits).num_rows == 100

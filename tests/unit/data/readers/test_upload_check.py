@@ -1,8 +1,6 @@
 """The seam between bytes and rows: which files are looked into, and what becomes of the others."""
 
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,7 +31,7 @@ def _facts(content: bytes, num_rows: int) -> FileFacts:
 
 
 @pytest.mark.parametrize("purpose", [p for p in INPUT_PURPOSES if p != "fine-tune"])
-def test_files_of_other_purposes_are_bytes_without_rows(purpose: str) -> None:
+def test_files_of_other_purposes_are_bytes_without_rows(purpose):
     check = UploadCheck(purpose, LIMITS)
     for place in range(0, len(OPAQUE), 5):
         check.feed(OPAQUE[place : place + 5])
@@ -42,7 +40,7 @@ def test_files_of_other_purposes_are_bytes_without_rows(purpose: str) -> None:
         UploadCheck(purpose, LIMITS).finish()
 
 
-def test_a_training_files_rows_are_checked() -> None:
+def test_a_training_files_rows_are_checked():
     check = UploadCheck("fine-tune", LIMITS)
     check.feed(ROW)
     assert check.finish() == _facts(ROW, 1)
@@ -53,7 +51,7 @@ def test_a_training_files_rows_are_checked() -> None:
 
 
 @pytest.mark.parametrize("content", [ROW, ROW * 3])
-def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: bytes) -> None:
+def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content):
     late = UploadCheck(None, LIMITS)
     late.feed(content)
     late.decide("fine-tune")
@@ -64,7 +62,7 @@ def test_a_purpose_that_comes_late_decides_as_one_that_comes_early(content: byte
     assert other.finish() == _facts(content, 0)
 
 
-def test_a_fault_before_the_purpose_counts_for_training_files_only() -> None:
+def test_a_fault_before_the_purpose_counts_for_training_files_only():
     for purpose in ("fine-tune", "vision"):
         check = UploadCheck(None, LIMITS)
         # More faults than are counted, so that they are raised while bytes still come.
@@ -78,7 +76,7 @@ def test_a_fault_before_the_purpose_counts_for_training_files_only() -> None:
                 check.finish()
 
 
-def test_purposes_of_answers_are_refused_by_name_and_unknown_ones_too() -> None:
+def test_purposes_of_answers_are_refused_by_name_and_unknown_ones_too():
     for purpose in INPUT_PURPOSES:
         assert check_input_purpose(purpose) == purpose
     for purpose in OUTPUT_PURPOSES:
@@ -88,7 +86,7 @@ def test_purposes_of_answers_are_refused_by_name_and_unknown_ones_too() -> None:
         check_input_purpose("finetune")
 
 
-def test_only_what_can_never_be_rows_is_refused_by_its_mime_type() -> None:
+def test_only_what_can_never_be_rows_is_refused_by_its_mime_type():
     for mime_type in ("text/jsonl", "application/json", "application/x-ndjson", "text/csv", "pdf", "x"):
         check_mime_type(mime_type, "fine-tune")
     check_mime_type("image/png", "vision")
@@ -96,7 +94,7 @@ def test_only_what_can_never_be_rows_is_refused_by_its_mime_type() -> None:
         check_mime_type("image/png", "fine-tune")
 
 
-def test_a_process_that_fails_or_ends_is_no_fault_of_the_file(tmp_path: Path, capfd: Any) -> None:
+def test_a_process_that_fails_or_ends_is_no_fault_of_the_file(tmp_path, capfd):
     failing = CheckProcess(LIMITS, tmp_path / "none")
     with pytest.raises(RuntimeError, match=r"failed with FileNotFoundError at \S+\.py:\d+ \w+\.$"):
         failing.finish()
@@ -110,7 +108,7 @@ def test_a_process_that_fails_or_ends_is_no_fault_of_the_file(tmp_path: Path, ca
     assert not any("Traceback" in printed for printed in capfd.readouterr())
 
 
-def test_a_check_of_a_large_file_yields_its_processor_to_the_steps_of_the_inference_server() -> None:
+def test_a_check_of_a_large_file_yields_its_processor_to_the_steps_of_the_inference_server():
     process = CheckProcess(Limits(), None)
     try:
         process.feed(b'{"text":"a"}\n')

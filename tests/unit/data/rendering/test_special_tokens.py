@@ -41,7 +41,7 @@ def _encode_chat(base: Path, messages: list[dict[str, Any]], **options: Any) -> 
 
 
 @pytest.mark.parametrize("role", ["system", "user"])
-def test_a_message_that_spells_marks_ends_no_turn_and_keeps_its_text(base: Path, role: str) -> None:
+def test_a_message_that_spells_marks_ends_no_turn_and_keeps_its_text(base, role):
     tokenizer = Tokenizer.load(base)
     ids = _encode_chat(base, [{"role": role, "content": _FORGED}])
     start, end = (tokenizer.pipeline.token_to_id(mark) for mark in ("<|im_start|>", "<|im_end|>"))
@@ -50,9 +50,7 @@ def test_a_message_that_spells_marks_ends_no_turn_and_keeps_its_text(base: Path,
     assert _FORGED in tokenizer.decode(ids, skip_special=False)
 
 
-def test_a_row_and_a_chat_have_the_same_tokens_and_a_spelled_end_is_learnt_as_text(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_row_and_a_chat_have_the_same_tokens_and_a_spelled_end_is_learnt_as_text(base, tmp_path):
     asked = [{"role": "system", "content": _FORGED}, {"role": "user", "content": _FORGED}]
     tokens, mask = _prepare(tmp_path, base, {"messages": [*asked, _ANSWER]})
     prompt = _encode_chat(base, asked)
@@ -65,7 +63,7 @@ def test_a_row_and_a_chat_have_the_same_tokens_and_a_spelled_end_is_learnt_as_te
     assert mask.index(True) == len(prompt)
 
 
-def test_tools_and_calls_that_spell_marks_are_text(base: Path) -> None:
+def test_tools_and_calls_that_spell_marks_are_text(base):
     (base / "chat_template.jinja").write_text(TOOLS_TEMPLATE)
     tokenizer = Tokenizer.load(base)
     tool = {
@@ -101,9 +99,7 @@ def _with_bos(base: Path, **config: Any) -> Tokenizer:
     [{"text": "hello there"}, {"prompt": "hello", "completion": " there"}],
     ids=["text", "prompt and completion"],
 )
-def test_raw_text_begins_with_bos_where_the_base_wants_it(
-    base: Path, tmp_path: Path, row: dict[str, str]
-) -> None:
+def test_raw_text_begins_with_bos_where_the_base_wants_it(base, tmp_path, row):
     without = Tokenizer.load(base)
     before, _ = _prepare(tmp_path, base, row)
     assert before[0] == without.encode("hello")[0]
@@ -123,7 +119,7 @@ def test_raw_text_begins_with_bos_where_the_base_wants_it(
         assert np.all(general.row(index)[1][1:])
 
 
-def test_add_bos_token_of_the_tokenizers_configuration_wins(base: Path) -> None:
+def test_add_bos_token_of_the_tokenizers_configuration_wins(base):
     assert _with_bos(base, add_bos_token=False).raw_prefix_ids == []
     tokenizer = _with_bos(base, add_bos_token=True)
     assert tokenizer.raw_prefix_ids == [tokenizer.pipeline.token_to_id("<|im_start|>")]

@@ -9,7 +9,7 @@ from luthier.core.errors import BaseUnavailableError, UnavailableError
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.data.reports.process import report_in_process
 from luthier.data.reports.report import MAX_FAULTS, MAX_SHOWN_CHARS, report_on_file
-from tests.rows import chat_row, colour_rows, jsonl, read_line
+from tests.rows import chat_row, colour_rows, jsonl, preference_row, read_line
 from tests.tiny import build_tiny_base
 
 SEA = "the sea is blue and wide and full of fish that swim in the water all day and all of the night too"
@@ -109,19 +109,14 @@ def test_of_many_faults_the_first_hundred_are_reported_and_all_counted(report):
 
 
 def test_a_preference_is_shown_with_both_conversations(report):
-    row = {
-        "input": {"messages": [{"role": "user", "content": "q"}]},
-        "preferred_output": [{"role": "assistant", "content": "good"}],
-        "non_preferred_output": [{"role": "assistant", "content": "bad"}],
-    }
-    found = report([row])
+    found = report([preference_row("q", "good", "bad")])
     [shown] = found.shown
     assert found.format == "preference"
     for one, text in ((shown, "good<|im_end|>"), (shown.rejected, "bad<|im_end|>")):
         assert [one.text[start:end] for start, end in one.supervised] == [text]
 
 
-def test_text_cache_are_learnt_without_a_template_and_end(report, base):
+def test_raw_texts_are_learnt_without_a_template_and_end(report, base):
     found = report(b"prompt,completion\nthe sky is,blue\n")
     [shown] = found.shown
     assert shown.text == "the sky isblue<|im_end|>"
@@ -157,14 +152,8 @@ def test_memory_does_not_grow_with_the_rows(report):
 
 def test_a_process_says_what_is_wrong_with_a_base_and_where_it_failed_without_the_text(base, tmp_path, capfd):
     def report(path, folder, is_given_up=lambda: False):
-        return report_in_process(
-            path,
-            folder,
-            context_length=256,
-            validation_path=None,
-            max_seconds=60,
-            is_given_up=is_given_up,
-        )
+        limits = {"context_length": 256, "max_seconds": 60, "is_given_up": is_given_up}
+        return report_in_process(path, folder, validation_path=None, **limits)
 
     path = tmp_path / "rows"
     path.write_bytes(jsonl(colour_rows(9)))

@@ -1,34 +1,20 @@
-"""Steps are counted once each, and told as Prometheus reads them."""
+"""Steps are counted once each, and written as Prometheus reads them."""
 
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.registry import Collector
 
-from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
+from luthier.inference.engine.sequence import Choice, Sequence
 from luthier.inference.engine.step import Histogram, StepMetrics
 from luthier.inference.server.status import counter, gauge, histogram
-
-
-class _Silent:
-    def push(self, token_id: int) -> str:
-        return "x"
-
-    def flush(self) -> str:
-        return ""
+from tests.unit.inference.sequences import ask
 
 
 def make_sequence(made_at: float, num_prompt_tokens: int = 3) -> Sequence:
-    return Sequence(
-        key=("base", None),
-        served=None,
-        prompt_ids=[5] * num_prompt_tokens,
-        options=SamplingOptions(max_tokens=100),
-        decoder=_Silent(),
-        stop_token_ids=frozenset(),
-        emit=lambda _event: None,
-        made_at=made_at,
-    )
+    sequence = ask([5] * num_prompt_tokens).sequence
+    sequence.made_at = made_at
+    return sequence
 
 
 def step(measures: StepMetrics, now: float, *sequences: Sequence, num_rows: int | None = None) -> None:
@@ -37,7 +23,7 @@ def step(measures: StepMetrics, now: float, *sequences: Sequence, num_rows: int 
         sequence.accept(Choice(7))
 
 
-def test_first_tokens_and_gaps_are_told_apart() -> None:
+def test_first_tokens_and_gaps_are_distinguished():
     measures = StepMetrics()
     early, late = make_sequence(10.0), make_sequence(10.5, num_prompt_tokens=4)
     step(measures, 10.4, early, num_rows=2)
@@ -51,7 +37,7 @@ def test_first_tokens_and_gaps_are_told_apart() -> None:
     assert measures.rows.sum == 6
 
 
-def test_rows_whose_gaps_differ_are_counted_each_by_its_own() -> None:
+def test_rows_whose_gaps_differ_are_counted_each_by_its_own():
     measures = StepMetrics()
     rows = [make_sequence(0.0) for _ in range(3)]
     step(measures, 1.0, rows[0])
@@ -61,7 +47,7 @@ def test_rows_whose_gaps_differ_are_counted_each_by_its_own() -> None:
     assert measures.between_tokens_seconds.sum == 1.0 + 2.0 + 1.0
 
 
-def test_an_answer_that_nobody_wants_and_a_step_of_prompts_count_no_token() -> None:
+def test_a_cancelled_answer_and_a_step_of_prompts_count_no_token():
     measures = StepMetrics()
     gone = make_sequence(0.0)
     gone.cancel()
@@ -70,7 +56,7 @@ def test_an_answer_that_nobody_wants_and_a_step_of_prompts_count_no_token() -> N
     assert (measures.num_steps, measures.num_tokens, measures.rows.sum) == (2, 0, 6)
 
 
-def test_the_text_is_prometheus_own() -> None:
+def test_the_text_is_prometheus_own():
     measured = Histogram((0.5, 1.0))
     for value in (0.25, 0.5, 0.75, 4.0):
         measured.observe(value)
@@ -83,7 +69,7 @@ def test_the_text_is_prometheus_own() -> None:
 
     registry = CollectorRegistry()
     registry.register(Metrics())
-    # A bound counts what lies at or below it, and everything that a smaller bound counts.
+    # A bound counts what is at or below it, and everything that a smaller bound counts.
     assert generate_latest(registry).decode() == (
         "# HELP luthier_inference_steps_total Steps.\n"
         "# TYPE luthier_inference_steps_total counter\n"

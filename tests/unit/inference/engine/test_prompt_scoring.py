@@ -2,30 +2,20 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from luthier.core.shapes import read_shape
-from luthier.inference.engine.sequence import (
-    Choice,
-    Failure,
-    Finish,
-    Piece,
-    PromptScored,
-    SamplingOptions,
-    Sequence,
-    SequenceEvent,
-)
+from luthier.inference.engine.sequence import Choice, Failure, Finish, PromptScored, SequenceEvent
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runners.reference import ReferenceRunner
 from luthier.methods import method_of_artifact
 from luthier.modeling.protocols import AdapterInfo, AdapterSource
 from luthier_cpu.decode.sampling import Logits
-from tests.tiny import BASE_ID, build_tiny_base
 from tests.tiny_shapes import SHAPES, build_shape
+from tests.unit.inference import sequences
 from tests.unit.inference.artifacts import (
     build_method_artifact,
     load_plain,
@@ -34,6 +24,7 @@ from tests.unit.inference.artifacts import (
     method_logits,
     pack,
 )
+from tests.unit.inference.sequences import Asked, run
 
 PROMPTS = [[9], [5, 6, 7, 8, 9, 10, 11], [(7 * number) % 250 + 3 for number in range(150)]]
 NUM_TOKENS = 30
@@ -43,28 +34,13 @@ TUNINGS: list[dict[str, Any]] = [
 ]
 
 
-class Ids:
-    def push(self, token_id: int) -> str:
-        return chr(0x4E00 + token_id)
-
-    def flush(self) -> str:
-        return ""
-
-
 @dataclass
 class Model:
-    """What answers, and where its artifact lies."""
+    """An adapter and its artifact's folder."""
 
-    key: tuple[str, str]
     adapter: AdapterInfo
     source: AdapterSource
     folder: Path
-
-
-@pytest.fixture(scope="module")
-def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / BASE_ID)
 
 
 def make_executor(
@@ -86,18 +62,13 @@ def models(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> list[
         parts = method_of_artifact(artifact.folder).read_parts(artifact.folder, read_shape(base_folder))
         source = AdapterSource(artifact.folder, parts)
         adapter = executor.runner.add_adapter(source)
-        found.append(Model((BASE_ID, artifact.digest), adapter, source, artifact.folder))
+        found.append(Model(adapter, source, artifact.folder))
     return found
 
 
-def ask(
-    model: Model, prompt: list[int], max_tokens: int, num_prompt_logprobs: int | None
-) -> tuple[Sequence, list[SequenceEvent]]:
-    events: list[SequenceEvent] = []
-    options = SamplingOptions(max_tokens, temperature=0.0, num_prompt_logprobs=num_prompt_logprobs)
-    served = SimpleNamespace(adapter=model.adapter)
-    asked = Sequence(model.key, served, prompt, options, Ids(), frozenset({2}), events.append)
-    return asked, events
+def ask(model: Model, prompt: list[int], max_tokens: int, num_prompt_logprobs: int | None) -> Asked:
+    how: dict[str, Any] = {"num_prompt_logprobs": num_prompt_logprobs, "stop_token_ids": [2]}
+    return sequences.ask(prompt, max_tokens, adapter=model.adapter, **how)
 
 
 def check_scores(event: SequenceEvent, prompt: list[int], logits_TV: torch.Tensor, num_top: int) -> None:
@@ -113,50 +84,40 @@ def check_scores(event: SequenceEvent, prompt: list[int], logits_TV: torch.Tenso
 
 
 @pytest.mark.parametrize("max_cache_tokens", [2048, 240])
-def test_prompts_are_scored_among_answers_and_change_none_of_them(
-    base_folder: Path, models: list[Model], max_cache_tokens: int
-) -> None:
+def test_prompts_are_scored_among_answers_and_change_none_of_them(base_folder, models, max_cache_tokens):
     executor = make_executor(base_folder, models, max_cache_tokens=max_cache_tokens)
     answered, scored = [], []
     for model in models:
         for prompt in PROMPTS:
-            # The same prompt first without scores, so that there are pages to share.
-            plain, events = ask(model, prompt, NUM_TOKENS, None)
-            answered.append((model, prompt, NUM_TOKENS, events))
-            executor.scheduler.add(plain)
-            executor.step()
-            for max_tokens, num_top in ((0, 0), (NUM_TOKENS, 3)):
-                sequence, events = ask(model, prompt, max_tokens, num_top)
-                scored.append((model, prompt, num_top, events))
-                answered.append((model, prompt, max_tokens, events))
-                executor.scheduler.add(sequence)
+            # The same prompt first without scores, so that there are blocks to share.
+            for max_tokens, num_top in ((NUM_TOKENS, None), (0, 0), (NUM_TOKENS, 3)):
+                asked = ask(model, prompt, max_tokens, num_top)
+                answered.append((model, max_tokens, asked))
+                if num_top is not None:
+                    scored.append((model, num_top, asked))
+                executor.scheduler.add(asked.sequence)
                 executor.step()
-    while executor.scheduler.has_work:
-        executor.step()
+    run(executor)
     assert executor.scheduler.pool.num_free == executor.scheduler.pool.num_blocks
     assert (executor.measures.num_preempted > 0) == (max_cache_tokens == 240)
-    for model, prompt, num_top, events in scored:
-        check_scores(events[0], prompt, method_logits(base_folder, model.folder, prompt), num_top)
+    for model, num_top, asked in scored:
+        prompt = asked.sequence.prompt_ids
+        check_scores(asked.events[0], prompt, method_logits(base_folder, model.folder, prompt), num_top)
     greedy_of = {
         (model.folder, len(prompt)): method_greedy(base_folder, model.folder, prompt, NUM_TOKENS)
         for model in models
         for prompt in PROMPTS
     }
-    for model, prompt, max_tokens, events in answered:
-        expected = greedy_of[model.folder, len(prompt)][:max_tokens]
-        expected = expected[: expected.index(2)] if 2 in expected else expected
-        text = "".join(event.text for event in events if isinstance(event, Piece))
-        assert [ord(letter) - 0x4E00 for letter in text] == expected
-        assert isinstance(events[-1], Finish)
-        assert sum(isinstance(event, PromptScored) for event in events) <= 1
+    for model, max_tokens, asked in answered:
+        expected = greedy_of[model.folder, len(asked.sequence.prompt_ids)][:max_tokens]
+        assert asked.token_ids == (expected[: expected.index(2)] if 2 in expected else expected)
+        assert isinstance(asked.events[-1], Finish)
+        assert sum(isinstance(event, PromptScored) for event in asked.events) <= 1
 
 
-def test_a_prompt_whose_logits_are_not_finite_fails_alone(
-    base_folder: Path, models: list[Model], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_prompt_whose_logits_are_not_finite_fails_alone(base_folder, models, monkeypatch):
     executor = make_executor(base_folder, models)
-    bad, bad_events = ask(models[0], PROMPTS[1], 4, 1)
-    good, good_events = ask(models[1], PROMPTS[1], 4, 1)
+    bad, good = (ask(model, PROMPTS[1], 4, 1) for model in models)
     step = executor.runner.model.step
 
     def poisoned(chunks: Any, **how: Any) -> Logits:
@@ -166,16 +127,13 @@ def test_a_prompt_whose_logits_are_not_finite_fails_alone(
         return logits
 
     monkeypatch.setattr(executor.runner.model, "step", poisoned)
-    for sequence in (bad, good):
-        executor.scheduler.add(sequence)
-    for _ in range(20):
-        executor.step()
-    assert [type(event) for event in bad_events] == [Failure]
-    assert isinstance(good_events[0], PromptScored) and isinstance(good_events[-1], Finish)
+    run(executor, bad, good)
+    assert [type(event) for event in bad.events] == [Failure]
+    assert isinstance(good.events[0], PromptScored) and isinstance(good.events[-1], Finish)
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_the_reference_runner_scores_prompts_of_any_base_in_chunks(tmp_path: Path, shape: str) -> None:
+def test_the_reference_runner_scores_prompts_of_any_base_in_chunks(tmp_path, shape):
     base = build_shape(tmp_path / "base", shape)
     method = make_artifact(base, tmp_path / "artifact", "prefix", shape)
     attached = method.load(load_plain(base), tmp_path / "artifact")
@@ -183,16 +141,12 @@ def test_the_reference_runner_scores_prompts_of_any_base_in_chunks(tmp_path: Pat
     # Chunks of eight tokens.
     runner.limits = replace(runner.limits, max_logit_rows=8)
     executor, source = BatchExecutor(runner), AdapterSource(tmp_path / "artifact", None)
-    model = Model(("b", "a"), runner.add_adapter(source), source, tmp_path / "artifact")
-    plain, plain_events = ask(model, [5, 6, 7], 4, None)
-    scored, scored_events = ask(model, [20 + i % 60 for i in range(31)], 4, 2)
-    for sequence in (plain, scored):
-        executor.scheduler.add(sequence)
-    while executor.scheduler.has_work:
-        executor.step()
+    model = Model(runner.add_adapter(source), source, tmp_path / "artifact")
+    plain, scored = ask(model, [5, 6, 7], 4, None), ask(model, [20 + i % 60 for i in range(31)], 4, 2)
+    run(executor, plain, scored)
+    prompt = scored.sequence.prompt_ids
     with torch.inference_mode():
-        expected_TV = method.logits(attached, torch.tensor([scored.prompt_ids]))[0]
-    check_scores(scored_events[0], scored.prompt_ids, expected_TV, 2)
-    assert not any(isinstance(event, PromptScored) for event in plain_events)
-    for events in (plain_events, scored_events):
-        assert isinstance(events[-1], Finish)
+        expected_TV = method.logits(attached, torch.tensor([prompt]))[0]
+    check_scores(scored.events[0], prompt, expected_TV, 2)
+    assert not any(isinstance(event, PromptScored) for event in plain.events)
+    assert isinstance(plain.events[-1], Finish) and isinstance(scored.events[-1], Finish)

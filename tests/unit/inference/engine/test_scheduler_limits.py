@@ -1,48 +1,20 @@
 """The scheduler keeps to what its runner can do. No model runs here."""
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
-from luthier.inference.engine.scheduler import Scheduled, Scheduler
-from luthier.inference.engine.sequence import Choice, SamplingOptions, Sequence
+from luthier.inference.engine.scheduler import Scheduled, Scheduler, max_long_chunk
+from luthier.inference.engine.sequence import Choice
 from luthier.modeling.protocols import AdapterInfo, RunnerLimits, TokenChunk
+from tests.unit.inference.sequences import ask
+
+LIMITS = RunnerLimits("float32", 100, 512, 16, 64, 1, 8, 256, 264)
+LONG, SHORT = LIMITS.long_chunk_tokens, LIMITS.short_prompt_tokens
 
 
-class Text:
-    def push(self, token_id: int) -> str:
-        return "x"
-
-    def flush(self) -> str:
-        return ""
-
-
-def make_limits(**changes: int) -> RunnerLimits:
-    values = {
-        "vocabulary_size": 100,
-        "context_length": 512,
-        "block_size": 16,
-        "num_blocks": 64,
-        "block_bytes": 1,
-        "max_sequences": 8,
-        "max_prefill_tokens": 256,
-        "max_logit_rows": 264,
-    }
-    return RunnerLimits("float32", **(values | changes))  # type: ignore[arg-type]
-
-
-def ask(
-    adapter: AdapterInfo | None = None, *, num_tokens: int = 3, num_prompt_logprobs: int | None = None
-) -> Sequence:
-    return Sequence(
-        key=("base", None if adapter is None else str(adapter.adapter)),
-        served=SimpleNamespace(adapter=adapter),
-        prompt_ids=[5 + number % 90 for number in range(num_tokens)],
-        options=SamplingOptions(4, temperature=0.0, num_prompt_logprobs=num_prompt_logprobs),
-        decoder=Text(),
-        stop_token_ids=frozenset(),
-        emit=lambda _: None,
-    )
+def prompt(num_tokens: int = 3) -> list[int]:
+    return [5 + number % 90 for number in range(num_tokens)]
 
 
 def run(scheduler: Scheduler) -> Scheduled:
@@ -57,10 +29,10 @@ def run(scheduler: Scheduler) -> Scheduled:
     return batch
 
 
-def test_a_runner_that_mixes_no_adapters_gets_one_a_batch_and_each_in_turn() -> None:
-    scheduler = Scheduler(make_limits(mixes_adapters=False))
+def test_a_runner_that_mixes_no_adapters_gets_one_a_batch_and_each_in_turn():
+    scheduler = Scheduler(replace(LIMITS, mixes_adapters=False))
     adapters = [None, AdapterInfo(1, 0, 1), AdapterInfo(2, 0, 1)]
-    asked = [ask(adapter) for adapter in (*adapters, *adapters)]
+    asked = [ask(prompt(), 4, adapter=adapter).sequence for adapter in (*adapters, *adapters)]
     for sequence in asked:
         scheduler.add(sequence)
     seen = []
@@ -74,10 +46,10 @@ def test_a_runner_that_mixes_no_adapters_gets_one_a_batch_and_each_in_turn() -> 
 
 
 @pytest.mark.parametrize("num_logit_rows", [4, 9])
-def test_prompts_that_are_scored_get_no_more_rows_of_logits_than_the_runner_has(num_logit_rows: int) -> None:
-    scheduler = Scheduler(make_limits(max_logit_rows=num_logit_rows))
+def test_prompts_that_are_scored_get_no_more_rows_of_logits_than_the_runner_has(num_logit_rows):
+    scheduler = Scheduler(replace(LIMITS, max_logit_rows=num_logit_rows))
     for _ in range(3):
-        scheduler.add(ask(num_tokens=20, num_prompt_logprobs=0))
+        scheduler.add(ask(prompt(20), 4, num_prompt_logprobs=0).sequence)
     counts = []
     while any(one.num_left > 1 for one in scheduler.running) or not counts:
         batch = scheduler.schedule()
@@ -87,16 +59,56 @@ def test_prompts_that_are_scored_get_no_more_rows_of_logits_than_the_runner_has(
     assert max(counts) == num_logit_rows and sum(counts) >= 3 * 19
 
 
-def test_virtual_tokens_come_before_the_prompt_and_count_against_no_budget() -> None:
-    scheduler = Scheduler(make_limits(max_prefill_tokens=8))
-    scheduler.add(ask(AdapterInfo(1, 20, 1), num_tokens=10))
+def test_virtual_tokens_come_before_the_prompt_and_count_against_no_budget():
+    scheduler = Scheduler(replace(LIMITS, max_prefill_tokens=8))
+    scheduler.add(ask(prompt(10), 4, adapter=AdapterInfo(1, 20, 1)).sequence)
     [(_, first)], [(_, second)] = run(scheduler), run(scheduler)
     assert list(first.token_ids) == [*range(-1, -21, -1), *range(5, 13)]
     assert (first.first_position, first.num_logit_rows) == (0, 0)
     assert (list(second.token_ids), second.first_position) == ([13, 14], 28)
     assert second.logits_from == 1
     # What another sequence has written is shared up to the last full block.
-    scheduler.add(ask(AdapterInfo(1, 20, 1), num_tokens=10))
+    scheduler.add(ask(prompt(10), 4, adapter=AdapterInfo(1, 20, 1)).sequence)
     batch = run(scheduler)
     shared: TokenChunk = batch[-1][1]
     assert shared.first_position == 16 and list(shared.token_ids[:4]) == [-17, -18, -19, -20]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "chunks"),
+    [
+        (LONG + 1, [LONG + 1]),
+        (SHORT, [SHORT]),
+        (SHORT + 1, [LONG, SHORT + 1 - LONG]),
+        (LONG + SHORT, [LONG, SHORT]),
+    ],
+)
+def test_a_prompt_is_run_at_once_or_in_chunks_and_its_rest_at_once(num_tokens, chunks):
+    scheduler = Scheduler(LIMITS)
+    scheduler.add(ask(prompt(num_tokens), 1).sequence)
+    found = []
+    while scheduler.has_work:
+        found += [len(chunk.token_ids) for _, chunk in run(scheduler)]
+    assert found == chunks
+
+
+def test_the_farther_a_long_prompt_has_come_the_fewer_of_its_tokens_run_at_once():
+    counts = [max_long_chunk(LIMITS, num_done) for num_done in range(0, 9000, 100)]
+    assert counts[0] == LONG and counts == sorted(counts, reverse=True)
+    assert set(counts) == {16, 32}
+    # 16 are what kernels take at a time; more of them stay below a number of pairs of tokens.
+    assert all(count == 16 or count * 100 * place <= 1 << 16 for place, count in enumerate(counts))
+
+
+def test_cancelled_and_drained_sequences_free_their_blocks():
+    scheduler = Scheduler(replace(LIMITS, max_sequences=2))
+    leaving, staying, waiting = asked = [ask(prompt(), 4).sequence for _ in range(3)]
+    for sequence in asked:
+        scheduler.add(sequence)
+    run(scheduler)
+    leaving.cancel()
+    assert {one.sequence for one, _ in scheduler.schedule()} == {staying, waiting}
+    late = ask(prompt(), 4).sequence
+    scheduler.add(late)
+    assert set(scheduler.drain()) == {staying, waiting, late}
+    assert not scheduler.has_work and scheduler.pool.num_free == scheduler.pool.num_blocks

@@ -1,75 +1,89 @@
 """One answer: its end, its text, and which log-probabilities belong to it."""
 
+import itertools
 from typing import Any
 
-from luthier.inference.engine.sequence import Choice, Finish, Piece, SamplingOptions, Sequence, SequenceEvent
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from luthier.inference.engine.sequence import Choice, Finish, StopMatcher
+from tests.unit.inference.sequences import Asked, ask, text_of
 
 END = 99
+# Of tokens 2 and 3.
+STOP = text_of([2, 3])
 
 
-class _Letters:
-    """Token 0 is `a`, 1 is `b`, and so on."""
-
-    def push(self, token_id: int) -> str:
-        return chr(ord("a") + token_id)
-
-    def flush(self) -> str:
-        return ""
-
-
-def answer(tokens: list[int], **options: Any) -> list[SequenceEvent]:
-    events: list[SequenceEvent] = []
-    sequence = Sequence(
-        key=("base", None),
-        served=None,
-        prompt_ids=[1],
-        options=SamplingOptions(**({"max_tokens": 100} | options)),
-        decoder=_Letters(),
-        stop_token_ids=frozenset({END}),
-        emit=events.append,
-    )
+def answer(tokens: list[int], **options: Any) -> Asked:
+    asked = ask([1], stop_token_ids=[END], **options)
     for token in tokens:
-        if not sequence.is_done:
-            sequence.accept(Choice(token, -0.5))
-    return events
+        if not asked.sequence.is_done:
+            asked.sequence.accept(Choice(token, -0.5))
+    return asked
 
 
-def text(events: list[SequenceEvent]) -> str:
-    return "".join(event.text for event in events if isinstance(event, Piece))
+@pytest.mark.parametrize(
+    ("tokens", "options", "shown", "end"),
+    [
+        # A stop token has no text.
+        ([0, 1, END, 2], {}, [0, 1], Finish("stop", 3)),
+        ([0, 1, 2, 3], {"max_tokens": 3}, [0, 1, 2], Finish("length", 3)),
+        # A stop text across tokens is cut off and never sent.
+        ([0, 1, 2, 3, 4], {"stop": (STOP,)}, [0, 1], Finish("stop", 4)),
+        # What could begin a stop text is held back, and sent when the answer ends otherwise.
+        ([0, 2, END], {"stop": (STOP,)}, [0, 2], Finish("stop", 3)),
+        ([0, 2], {"stop": (STOP,), "max_tokens": 2}, [0, 2], Finish("length", 2)),
+    ],
+)
+def test_an_answer_ends_at_its_length_a_stop_token_or_a_stop_text(tokens, options, shown, end):
+    asked = answer(tokens, **options)
+    assert (asked.token_ids, asked.events[-1]) == (shown, end)
 
 
-def test_a_stop_token_ends_the_answer_and_has_no_text() -> None:
-    events = answer([0, 1, END, 2])
-    assert text(events) == "ab"
-    assert events[-1] == Finish("stop", 3)
+def test_every_token_of_the_text_has_its_logprob_and_what_ends_it_has_none():
+    asked = answer([0, 1, 2, 3, 4], stop=(STOP,), num_logprobs=0)
+    held = [one for event in asked.events for one in getattr(event, "choices", ())]
+    assert [(one.choice.token_id, one.start) for one in held] == [(0, 0), (1, 1)]
+    assert [choice.token_id for choice in answer([0, END], num_logprobs=0).choices] == [0]
 
 
-def test_an_answer_at_its_length_says_so() -> None:
-    events = answer([0, 1, 2, 3], max_tokens=3)
-    assert text(events) == "abc"
-    assert events[-1] == Finish("length", 3)
+TEXTS = st.text(alphabet="ab\n#", max_size=30)
+STOPS = st.lists(st.text(alphabet="ab\n#", min_size=1, max_size=4), max_size=4)
 
 
-def test_a_stop_text_across_tokens_is_cut_off_and_never_sent() -> None:
-    events = answer([0, 1, 2, 3, 4], stop=("cd",))
-    assert text(events) == "ab"
-    assert events[-1] == Finish("stop", 4)
+def match(pieces: list[str], stops: list[str]) -> tuple[list[str], bool]:
+    matcher = StopMatcher(stops)
+    released = []
+    for piece in pieces:
+        released.append(matcher.push(piece))
+        if matcher.is_hit:
+            return released, True
+    return [*released, matcher.flush()], False
 
 
-def test_held_back_text_is_sent_when_the_answer_ends_otherwise() -> None:
-    assert text(answer([0, 2, END], stop=("cd",))) == "ac"
-    events = answer([0, 2], stop=("cd",), max_tokens=2)
-    assert text(events) == "ac"
-    assert events[-1] == Finish("length", 2)
+@given(text=TEXTS, stops=STOPS, cuts=st.lists(st.integers(0, 30), max_size=10))
+def test_the_answer_ends_where_the_first_stop_text_begins_wherever_the_text_is_cut(text, stops, cuts):
+    borders = sorted({0, len(text), *[cut for cut in cuts if cut < len(text)]})
+    released, is_hit = match([text[start:end] for start, end in itertools.pairwise(borders)], stops)
+    # The stop text that is complete first ends the answer; one piece may complete several.
+    expected = None
+    for end in borders[1:]:
+        starts = [at for at in (text[:end].find(stop) for stop in stops) if at >= 0]
+        if starts:
+            expected = text[: min(starts)]
+            break
+    assert is_hit == (expected is not None)
+    assert "".join(released) == (text if expected is None else expected)
 
 
-def test_every_token_of_the_text_and_none_of_the_stop_text_has_its_logprob() -> None:
-    events = answer([0, 1, 2, 3, 4], stop=("cd",), num_logprobs=0)
-    choices = [held for event in events if isinstance(event, Piece) for held in event.choices]
-    assert [(held.choice.token_id, held.start) for held in choices] == [(0, 0), (1, 1)]
-
-
-def test_the_stop_token_has_no_logprob() -> None:
-    events = answer([0, END], num_logprobs=0)
-    choices = [held for event in events if isinstance(event, Piece) for held in event.choices]
-    assert [held.choice.token_id for held in choices] == [0]
+@pytest.mark.parametrize(
+    ("stops", "pieces", "released"),
+    [
+        (["END"], ["the E", "N", "Q", "EN", "D of it"], ["the ", "", "ENQ", "", ""]),
+        (["END"], ["EN"], ["", "EN"]),
+        ([], ["anything"], ["anything", ""]),
+    ],
+)
+def test_text_is_held_back_while_it_could_begin_a_stop_text(stops, pieces, released):
+    assert match(pieces, stops)[0] == released

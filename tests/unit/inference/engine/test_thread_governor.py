@@ -33,29 +33,30 @@ class _Machine:
         return seen
 
 
-def _crowding(machine: _Machine, num_threads: int) -> ThreadGovernor:
+def _govern(machine: _Machine, num_threads: int) -> ThreadGovernor:
     return ThreadGovernor(num_threads, machine.read, lambda: machine.clock)
 
 
-def test_all_threads_work_while_none_has_to_wait() -> None:
+@pytest.mark.parametrize(
+    ("num_threads", "phases"),
+    [
+        # Some waiting is less than what fewer threads cost.
+        (4, [(5, 0.05, [4]), (5, 0.3, [4])]),
+        (4, [(3, 0.8, [4, 2, 1]), (40, 0.25, [1]), (40, 0.0, [1, 2, 4])]),
+        # One thread is never looked at.
+        (1, [(5, 0.9, [1])]),
+    ],
+)
+def test_threads_that_wait_for_processors_become_fewer_and_come_back(num_threads, phases):
     machine = _Machine()
-    governor = _crowding(machine, 4)
-    assert machine.work(governor, 5, share=0.05) == [4]
-    # Some waiting is less than what fewer threads cost.
-    assert machine.work(governor, 5, share=0.3) == [4]
+    governor = _govern(machine, num_threads)
+    for seconds, share, expected in phases:
+        assert machine.work(governor, seconds, share) == expected
 
 
-def test_threads_that_wait_for_processors_become_fewer_and_come_back() -> None:
+def test_what_fails_again_and_again_is_tried_more_and_more_seldom():
     machine = _Machine()
-    governor = _crowding(machine, 4)
-    assert machine.work(governor, 3, share=0.8) == [4, 2, 1]
-    assert machine.work(governor, 40, share=0.25) == [1]
-    assert machine.work(governor, 40, share=0.0) == [1, 2, 4]
-
-
-def test_what_fails_again_and_again_is_tried_more_and_more_seldom() -> None:
-    machine = _Machine()
-    governor = _crowding(machine, 2)
+    governor = _govern(machine, 2)
     changes = []
     for _ in range(6000):
         # Two threads wait, one does not.
@@ -70,13 +71,7 @@ def test_what_fails_again_and_again_is_tried_more_and_more_seldom() -> None:
     assert 15 < gaps[-1] < 18
 
 
-def test_one_thread_is_never_looked_at() -> None:
-    machine = _Machine()
-    governor = _crowding(machine, 1)
-    assert machine.work(governor, 5, share=0.9) == [1]
-
-
-def test_a_system_that_tells_nothing_changes_nothing() -> None:
+def test_a_system_without_measurements_changes_nothing():
     governor = ThreadGovernor(2, dict, lambda: 0.0)
     for _ in range(100):
         governor.note(1.0)
@@ -84,7 +79,7 @@ def test_a_system_that_tells_nothing_changes_nothing() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system keeps no account")
-def test_the_system_tells_what_a_thread_ran() -> None:
+def test_the_system_measures_what_a_thread_ran():
     name = str(threading.get_native_id())
     before, end = read_waits()[name], time.thread_time() + 0.05
     while time.thread_time() < end:

@@ -1,7 +1,5 @@
 """Bases as they are loaded."""
 
-from pathlib import Path
-
 import pytest
 
 from luthier.bases.catalogue import FACTS_NAME
@@ -15,9 +13,7 @@ from tests.tiny_shapes import NUM_POSITIONS, build_shape
 
 @pytest.mark.parametrize(("shape", "positions"), [(None, CONTEXT_LENGTH), ("gpt2", NUM_POSITIONS)])
 @pytest.mark.parametrize("change", [-16, 16])
-def test_a_context_is_never_longer_than_the_models_positions(
-    tmp_path: Path, shape: str | None, positions: int, change: int
-) -> None:
+def test_a_context_is_never_longer_than_the_models_positions(tmp_path, shape, positions, change):
     folder = build_tiny_base(tmp_path / "bases" / BASE_ID)
     if shape is not None:
         # A base whose positions are learned, under the tiny base's tokenizer.

@@ -1,9 +1,8 @@
-"""Bases that are asked for at once, and what is done when the first is in memory and nothing else is."""
+"""Bases that are asked for at once, and what is done when the first alone is in memory."""
 
 import asyncio
 import gc
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,25 +16,22 @@ from tests.inference_server import make_settings
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.models.test_adapter_cache import InlineEngine
 
+pytestmark = pytest.mark.anyio
 
-def test_the_first_base_alone_is_told_and_before_anybody_gets_it(tmp_path: Path) -> None:
+
+async def test_the_first_base_alone_is_reported_and_before_a_request_gets_it(tmp_path):
     for base_id in (BASE_ID, "tiny-twin"):
         build_tiny_base(tmp_path / "bases" / base_id)
-    told: list[list[str]] = []
+    reported: list[list[str]] = []
 
-    async def run() -> None:
-        models = Models(make_settings(tmp_path), InlineEngine(), lambda: told.append(models.base_ids))
-        await asyncio.gather(models.get_base(BASE_ID), models.get_base("tiny-twin"))
-        await models.get_base(BASE_ID)
-        assert sorted(models.base_ids) == sorted([BASE_ID, "tiny-twin"])
-
-    asyncio.run(run())
-    assert told == [[]]
+    models = Models(make_settings(tmp_path), InlineEngine(), lambda: reported.append(models.base_ids))
+    await asyncio.gather(models.get_base(BASE_ID), models.get_base("tiny-twin"))
+    await models.get_base(BASE_ID)
+    assert sorted(models.base_ids) == sorted([BASE_ID, "tiny-twin"])
+    assert reported == [[]]
 
 
-def test_who_leaves_while_a_base_is_loaded_leaves_it_to_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_leaves_while_a_base_is_loaded_leaves_it_to_the_next(tmp_path, monkeypatch):
     build_tiny_base(tmp_path / "bases" / BASE_ID)
     begun, may_end, num_loads = threading.Event(), threading.Event(), []
     load = base_models.load
@@ -48,38 +44,32 @@ def test_who_leaves_while_a_base_is_loaded_leaves_it_to_the_next(
 
     monkeypatch.setattr(base_models, "load", load_slowly)
 
-    async def run() -> None:
-        models = Models(make_settings(tmp_path), InlineEngine())
-        leaving = asyncio.ensure_future(models.get_base(BASE_ID))
-        assert await asyncio.to_thread(begun.wait, 30)
-        leaving.cancel()
-        await asyncio.gather(leaving, return_exceptions=True)
-        next_one = asyncio.ensure_future(models.get_base(BASE_ID))
-        await asyncio.sleep(0.05)
-        may_end.set()
-        assert (await next_one).facts.id == BASE_ID
-
-    asyncio.run(run())
+    models = Models(make_settings(tmp_path), InlineEngine())
+    leaving = asyncio.ensure_future(models.get_base(BASE_ID))
+    assert await asyncio.to_thread(begun.wait, 30)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    next_one = asyncio.ensure_future(models.get_base(BASE_ID))
+    await asyncio.sleep(0.05)
+    may_end.set()
+    assert (await next_one).facts.id == BASE_ID
     assert num_loads == [BASE_ID]
 
 
-def test_bases_that_are_loaded_at_once_leave_each_other_whole(tmp_path: Path) -> None:
+async def test_bases_that_are_loaded_at_once_leave_each_other_whole(tmp_path):
     # transformers' own loading does not: with two threads some weights come out as missing, from then on.
     base_ids = [f"tiny-{number}" for number in range(4)]
     for base_id in base_ids:
         build_tiny_base(tmp_path / "bases" / base_id)
 
-    async def run() -> None:
-        for _ in range(3):
-            models = Models(make_settings(tmp_path), InlineEngine())
-            loaded = await asyncio.gather(*map(models.get_base, base_ids))
-            logits = [base.probe_logits for base in loaded]
-            assert all(torch.equal(one, logits[0]) for one in logits)
-
-    asyncio.run(run())
+    for _ in range(3):
+        models = Models(make_settings(tmp_path), InlineEngine())
+        loaded = await asyncio.gather(*map(models.get_base, base_ids))
+        logits = [base.probe_logits for base in loaded]
+        assert all(torch.equal(one, logits[0]) for one in logits)
 
 
-def test_what_is_there_is_not_looked_at_again() -> None:
+def test_what_is_there_is_not_looked_at_again():
     before = gc.get_freeze_count()
     try:
         freeze_garbage()

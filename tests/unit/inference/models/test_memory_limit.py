@@ -14,7 +14,7 @@ from luthier_cpu.codegen.page_memory import discard
 
 
 class FakeMemory:
-    """Pages in use, pages that nobody uses, and pages without memory, as bytes."""
+    """Pages in use, unused pages, and pages without memory, as bytes."""
 
     def __init__(self, *, used: int, unused: int, cold: int, least: int = 0) -> None:
         self.used, self.unused, self.cold, self.least = used, unused, cold, least
@@ -73,7 +73,7 @@ class Process:
         return asyncio.run(self.limit.lend(asked, 0))
 
 
-def test_pages_that_were_never_used_are_given_up_first_then_those_that_nobody_uses() -> None:
+def test_pages_that_were_never_used_are_given_up_first_then_unused_ones():
     memory = FakeMemory(used=10, unused=20, cold=70)
     process = Process(memory, max_bytes=200)
     assert process.fit(50) == 0
@@ -87,7 +87,7 @@ def test_pages_that_were_never_used_are_given_up_first_then_those_that_nobody_us
     assert memory.growing_bytes == 90
 
 
-def test_one_long_answer_can_always_be_given() -> None:
+def test_one_long_answer_can_always_be_given():
     memory = FakeMemory(used=10, unused=0, cold=90, least=40)
     process = Process(memory, max_bytes=110)
     assert process.fit() == 30
@@ -96,13 +96,13 @@ def test_one_long_answer_can_always_be_given() -> None:
     assert process.lend(50) == 0
 
 
-def test_what_is_missing_is_taken_of_one_runner_after_the_other() -> None:
+def test_what_is_missing_is_taken_of_one_runner_after_the_other():
     first, second = FakeMemory(used=0, unused=10, cold=0), FakeMemory(used=0, unused=50, cold=0)
     assert Process(first, second, max_bytes=125).fit() == 0
     assert (first.unused, second.unused) == (0, 25)
 
 
-def test_pages_are_lent_until_the_loan_is_given_back_or_lapses_and_never_taken_meanwhile() -> None:
+def test_pages_are_lent_until_the_loan_is_given_back_or_lapses_and_never_taken_meanwhile():
     memory = FakeMemory(used=10, unused=20, cold=70)
     process = Process(memory, max_bytes=200)
     assert process.lend(60) == 60
@@ -119,7 +119,7 @@ def test_pages_are_lent_until_the_loan_is_given_back_or_lapses_and_never_taken_m
     assert memory.growing_bytes == 90
 
 
-def test_no_more_is_lent_than_nobody_uses_and_nothing_where_that_is_of_no_use() -> None:
+def test_no_more_is_lent_than_is_unused_and_nothing_where_that_is_too_little():
     memory = FakeMemory(used=10, unused=20, cold=70)
     process = Process(memory, max_bytes=200)
     assert process.lend(95, 95) == 0
@@ -129,7 +129,7 @@ def test_no_more_is_lent_than_nobody_uses_and_nothing_where_that_is_of_no_use() 
     assert (memory.used, memory.unused, memory.growing_bytes) == (10, 0, 0)
 
 
-def test_pages_without_memory_are_taken_last_and_not_beyond_the_limit() -> None:
+def test_pages_without_memory_are_taken_last_and_not_beyond_the_limit():
     pool = BlockPool(6, block_size=4)
     one, two = BlockTable(None), BlockTable(None)
     assert pool.extend(one, 12)
@@ -145,7 +145,7 @@ def test_pages_without_memory_are_taken_last_and_not_beyond_the_limit() -> None:
     assert pool.num_free == 5
 
 
-def test_what_is_known_of_a_page_goes_with_its_memory() -> None:
+def test_what_is_known_of_a_page_goes_with_its_memory():
     pool = BlockPool(4, block_size=2)
     table = pool.start("a", [1, 2, 3, 4, 5])
     assert pool.extend(table, 5)
@@ -158,7 +158,7 @@ def test_what_is_known_of_a_page_goes_with_its_memory() -> None:
     assert pool.start("a", [1, 2, 3, 4, 5]).blocks == []
 
 
-def test_discarded_pages_lose_their_memory_and_others_keep_their_numbers() -> None:
+def test_discarded_pages_lose_their_memory_and_others_keep_their_numbers():
     whole = torch.ones(2, 256, 16384)
     before = measure_used(whole.device)
     discard(whole, [*range(1, 200), 250])
@@ -169,7 +169,7 @@ def test_discarded_pages_lose_their_memory_and_others_keep_their_numbers() -> No
 
 
 @pytest.mark.parametrize("pages", [[], [3], [0, 1, 2]])
-def test_discarding_small_pages_harms_no_neighbour(pages: list[int]) -> None:
+def test_discarding_small_pages_harms_no_neighbour(pages):
     whole = torch.ones(3, 5, 7)
     discard(whole, pages)
     assert bool((whole[:, [page for page in range(5) if page not in pages]] == 1).all())

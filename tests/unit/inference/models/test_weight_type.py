@@ -1,6 +1,5 @@
 """Which type a base is served in, and how models are verified in float32."""
 
-import asyncio
 import gc
 from pathlib import Path
 
@@ -15,6 +14,8 @@ from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import build_method_artifact, load_tiny
 from tests.unit.inference.models.test_adapter_cache import make_loaded, served_by, settle
 
+pytestmark = pytest.mark.anyio
+
 
 @pytest.fixture
 def facts(tmp_path: Path) -> BaseFacts:
@@ -23,9 +24,7 @@ def facts(tmp_path: Path) -> BaseFacts:
 
 
 @pytest.mark.parametrize("has_it", [True, False])
-def test_bfloat16_is_taken_where_the_device_multiplies_it_in_hardware(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_it: bool
-) -> None:
+def test_bfloat16_is_taken_where_the_device_multiplies_it_in_hardware(tmp_path, monkeypatch, has_it):
     monkeypatch.setattr(base_models, "cpu_multiplies_bf16", lambda: has_it)
     monkeypatch.setattr(
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_it or including_emulation
@@ -38,9 +37,9 @@ def test_bfloat16_is_taken_where_the_device_multiplies_it_in_hardware(
             assert choose_dtype(named, device) is getattr(torch, asked)
 
 
-def test_without_memory_for_the_base_in_float32_a_model_is_verified_in_bfloat16_alone_and_the_log_says_so(
-    tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_without_memory_for_float32_a_model_is_verified_in_bfloat16_alone_and_the_log_says_so(
+    tmp_path, facts, monkeypatch, caplog
+):
     folder = tmp_path / "bases" / facts.id
 
     def load_exact() -> LoadedBase:
@@ -50,22 +49,17 @@ def test_without_memory_for_the_base_in_float32_a_model_is_verified_in_bfloat16_
     artifact = build_method_artifact(tmp_path / "a", folder, {"type": "lora", "rank": 2}, seed=1)
     monkeypatch.setattr(loading, "available_bytes", lambda: 0)
     served = served_by(base, artifact)
-
-    async def run() -> None:
-        loaded = make_loaded(0)
-        loaded.release(await loaded.hold(served))
-        assert loaded.digests == [artifact.digest]
-
-    asyncio.run(run())
+    loaded = make_loaded(0)
+    loaded.release(await loaded.hold(served))
+    assert loaded.digests == [artifact.digest]
     assert f"{artifact.digest} is verified in bfloat16 alone for want of memory" in caplog.text
     # It is tried again when it is loaded next.
-    assert served.copy is not None
     assert served.copy.verified_with(facts.digest) is None
 
 
-def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_served_on_it_keeps_it(
-    tmp_path: Path, facts: BaseFacts, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_served_on_it_keeps_it(
+    tmp_path, facts, monkeypatch
+):
     settings = make_settings(tmp_path, inference_dtype="auto")
     monkeypatch.setattr(base_models, "cpu_multiplies_bf16", lambda: True)
     monkeypatch.setattr(loading, "_EXACT_SECONDS", 0.0)
@@ -75,20 +69,15 @@ def test_the_base_in_float32_leaves_when_no_model_wants_it_and_a_model_that_is_s
         served_by(base, build_method_artifact(tmp_path / str(seed), folder, tuning, seed=seed))
         for seed in (1, 2)
     ]
-
-    async def run() -> None:
-        loaded = make_loaded(0)
-        ready = await loaded.hold(models[0])
-        assert ready.base is base
-        await settle()
-        gc.collect()
-        assert base.exact() is None
-        assert models[1].copy is not None
-        models[1].copy.note_verified(facts.digest, "float32")
-        kept = await loaded.hold(models[1])
-        await settle()
-        gc.collect()
-        assert kept.base is base.exact()
-        assert kept.served.fingerprint.endswith("-float32")
-
-    asyncio.run(run())
+    loaded = make_loaded(0)
+    ready = await loaded.hold(models[0])
+    assert ready.base is base
+    await settle()
+    gc.collect()
+    assert base.exact() is None
+    models[1].copy.note_verified(facts.digest, "float32")
+    kept = await loaded.hold(models[1])
+    await settle()
+    gc.collect()
+    assert kept.base is base.exact()
+    assert kept.served.fingerprint.endswith("-float32")

@@ -1,6 +1,7 @@
 """What clients may ask: accepted shapes, and the error that each fault gets."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from luthier.inference.openai.chat_request import parse_chat, parse_completion
 from luthier.inference.openai.fields import IGNORED_FIELDS
 from luthier.inference.openai.responses_request import parse_response
 
+MISSING = "missing_required_parameter"
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -29,19 +31,27 @@ def completion(**fields: Any) -> Any:
     return parse_completion(json.dumps({"model": "m", "prompt": "Hello"} | fields).encode())
 
 
-def test_a_minimal_chat_has_openais_defaults() -> None:
+def refusal(make: Callable[..., Any], fields: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Return the field and the code of a request's refusal."""
+    with pytest.raises(InvalidRequestError) as caught:
+        make(**fields)
+    assert caught.value.http_status == 400
+    return caught.value.param, caught.value.code
+
+
+def test_a_minimal_chat_has_openais_defaults():
     request = chat()
     assert (request.temperature, request.top_p, request.max_tokens) == (1.0, 1.0, None)
     assert not request.stream and not request.logprobs and request.stop == ()
 
 
-def test_null_means_unset_for_every_field() -> None:
+def test_null_means_unset_for_every_field():
     names = ["max_tokens", "max_completion_tokens", "temperature", "top_p", "n", "stop", "seed", "tools"]
     names += ["logprobs", "top_logprobs", "response_format", "stream", "stream_options", "logit_bias"]
     assert chat(**dict.fromkeys(names)) == chat()
 
 
-def test_what_real_clients_send_and_we_have_no_use_for_is_ignored() -> None:
+def test_what_real_clients_send_and_we_have_no_use_for_is_ignored():
     assert chat(**dict.fromkeys(IGNORED_FIELDS, "x")) == chat()
 
 
@@ -56,29 +66,11 @@ def test_what_real_clients_send_and_we_have_no_use_for_is_ignored() -> None:
         {"modalities": ["text"]},
     ],
 )
-def test_values_that_mean_not_used_are_accepted(fields: dict[str, Any]) -> None:
+def test_values_that_mean_not_used_are_accepted(fields):
     assert chat(**fields) == chat()
 
 
-def test_content_parts_and_the_developer_role_become_plain_messages() -> None:
-    parts = [{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}]
-    request = chat(
-        messages=[
-            {"role": "developer", "content": "Be kind."},
-            {"role": "user", "content": parts, "name": "Ann"},
-            {"role": "assistant", "content": None, "refusal": None, "annotations": [], "tool_calls": None},
-            {"role": "user", "content": "?"},
-        ]
-    )
-    assert [message.to_message() for message in request.messages] == [
-        {"role": "system", "content": "Be kind."},
-        {"role": "user", "content": "Good day", "name": "Ann"},
-        {"role": "assistant", "content": ""},
-        {"role": "user", "content": "?"},
-    ]
-
-
-def test_calls_of_tools_and_their_answers_become_messages_for_the_template() -> None:
+def test_calls_of_tools_and_their_answers_become_messages_for_the_template():
     # As a client sends back what it put together from a stream, null and index included.
     calling = {"role": "assistant", "content": None, "tool_calls": [_call("go", "{}") | {"index": 0}]}
     parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
@@ -92,12 +84,34 @@ def test_calls_of_tools_and_their_answers_become_messages_for_the_template() -> 
     assert not chat(tools=[_tool("go")], tool_choice="none").tools.offered
 
 
-def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
-    assert chat(max_completion_tokens=5).max_tokens == 5
-    assert chat(max_completion_tokens=5, max_tokens=5).max_tokens == 5
-    with pytest.raises(InvalidRequestError) as caught:
-        chat(max_completion_tokens=5, max_tokens=6)
-    assert caught.value.param == "max_completion_tokens"
+@pytest.mark.parametrize(
+    ("message", "param", "code"),
+    [
+        ({"role": "user"}, "content", MISSING),
+        ({"role": "wizard", "content": "x"}, "role", "invalid_value"),
+        ({"role": "user", "content": "x", "name": 7}, "name", "invalid_type"),
+        ({"role": "function", "content": "x"}, "role", "unsupported_value"),
+        ({"role": "tool", "content": "x"}, "tool_call_id", MISSING),
+        ({"role": "user", "content": "x", "tool_calls": [{}]}, "tool_calls", "invalid_value"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]},
+            "tool_calls.0.function",
+            MISSING,
+        ),
+        (
+            {"role": "assistant", "tool_calls": [_call("go", "{")]},
+            "tool_calls.0.function.arguments",
+            "invalid_value",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
+            "content.0.type",
+            "unsupported_value",
+        ),
+    ],
+)
+def test_a_fault_of_a_message_names_its_field_and_its_kind(message, param, code):
+    assert refusal(chat, {"messages": [message]}) == (f"messages.0.{param}", code)
 
 
 @pytest.mark.parametrize(
@@ -105,41 +119,13 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
     [
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": "Hello"}, "messages", "invalid_type"),
-        ({"messages": [{"role": "user"}]}, "messages.0.content", "missing_required_parameter"),
-        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages.0.role", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "x", "name": 7}]}, "messages.0.name", "invalid_type"),
-        ({"messages": [{"role": "function", "content": "x"}]}, "messages.0.role", "unsupported_value"),
-        (
-            {"messages": [{"role": "tool", "content": "x"}]},
-            "messages.0.tool_call_id",
-            "missing_required_parameter",
-        ),
-        (
-            {"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]},
-            "messages.0.tool_calls",
-            "invalid_value",
-        ),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "type": "function"}]}]},
-            "messages.0.tool_calls.0.function",
-            "missing_required_parameter",
-        ),
-        (
-            {"messages": [{"role": "assistant", "tool_calls": [_call("go", "{")]}]},
-            "messages.0.tool_calls.0.function.arguments",
-            "invalid_value",
-        ),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages.0.content.0.type",
-            "unsupported_value",
-        ),
         ({"temperature": 2.1}, "temperature", "invalid_value"),
         ({"temperature": "hot"}, "temperature", "invalid_type"),
         ({"temperature": True}, "temperature", "invalid_type"),
         ({"top_p": -0.1}, "top_p", "invalid_value"),
         ({"max_tokens": 0}, "max_tokens", "invalid_value"),
         ({"max_tokens": 1.5}, "max_tokens", "invalid_type"),
+        ({"max_completion_tokens": 5, "max_tokens": 6}, "max_completion_tokens", "invalid_value"),
         ({"seed": 2**63}, "seed", "invalid_value"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
         ({"stop": 7}, "stop", "invalid_type"),
@@ -155,7 +141,7 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
         ({"logit_bias": {"5": True}}, "logit_bias.5", "invalid_type"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_value"),
-        ({"tools": [{"type": "function"}]}, "tools.0.function", "missing_required_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", MISSING),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "unsupported_value"),
         ({"tools": [_tool("a b")]}, "tools.0.function.name", "invalid_value"),
         ({"tools": [_tool("a"), _tool("a")]}, "tools.1", "invalid_value"),
@@ -177,14 +163,11 @@ def test_both_names_of_the_answers_length_are_honoured_and_must_agree() -> None:
         ({"wizardry": 1}, "wizardry", "unknown_parameter"),
     ],
 )
-def test_a_fault_names_its_field_and_its_kind(fields: dict[str, Any], param: str, code: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        chat(**fields)
-    assert (caught.value.param, caught.value.code) == (param, code)
-    assert caught.value.http_status == 400
+def test_a_fault_names_its_field_and_its_kind(fields, param, code):
+    assert refusal(chat, fields) == (param, code)
 
 
-def test_a_fault_never_repeats_what_the_client_wrote() -> None:
+def test_a_fault_never_repeats_what_the_client_wrote():
     with pytest.raises(InvalidRequestError) as caught:
         chat(messages=[{"role": "user", "content": {"secret": "my password is swordfish"}}])
     assert "swordfish" not in caught.value.message
@@ -209,44 +192,29 @@ def test_a_fault_never_repeats_what_the_client_wrote() -> None:
         (lambda text: {text: 1}, None),
     ],
 )
-def test_text_that_no_tokenizer_takes_is_refused_by_the_name_of_its_field(
-    fields: Any, param: str | None, text: str
-) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        chat(**fields(text))
-    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
+def test_text_that_no_tokenizer_takes_is_refused_by_the_name_of_its_field(fields, param, text):
+    assert refusal(chat, fields(text)) == (param, "invalid_value")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "param"), [("\ud800", "prompt"), ("a\x00", "prompt"), (["a", "\udfff"], "prompt.1")]
-)
-def test_a_prompt_that_no_tokenizer_takes_is_refused(prompt: Any, param: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        completion(prompt=prompt)
-    assert (caught.value.param, caught.value.code) == (param, "invalid_value")
-
-
-def test_a_whole_pair_of_surrogates_is_one_character() -> None:
+def test_a_whole_pair_of_surrogates_is_one_character():
     request = parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d\\ude00"}]}')
     assert request.messages[0].content == "\N{GRINNING FACE}"
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000])
-def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+_NAN = b'{"model": "m", "messages": [{"role": "user", "content": ""}], "temperature": NaN}'
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, _NAN])
+def test_a_body_that_is_no_json_object_is_refused(body):
     with pytest.raises(InvalidRequestError):
         parse_chat(body)
-
-
-def test_infinity_is_no_temperature() -> None:
-    with pytest.raises(InvalidRequestError):
-        parse_chat(b'{"model": "m", "messages": [{"role": "user", "content": ""}], "temperature": NaN}')
 
 
 @pytest.mark.parametrize(
     ("prompt", "expected"),
     [("Hi", ["Hi"]), (["Hi", "Ho"], ["Hi", "Ho"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
 )
-def test_a_completion_takes_all_four_shapes_of_prompts(prompt: Any, expected: Any) -> None:
+def test_a_completion_takes_all_four_shapes_of_prompts(prompt, expected):
     assert completion(prompt=prompt).prompt == expected
 
 
@@ -254,7 +222,11 @@ def test_a_completion_takes_all_four_shapes_of_prompts(prompt: Any, expected: An
     ("fields", "param", "code"),
     [
         ({"prompt": []}, "prompt", "invalid_value"),
-        ({"prompt": None}, "prompt", "missing_required_parameter"),
+        ({"prompt": "\ud800"}, "prompt", "invalid_value"),
+        ({"prompt": "a\x00"}, "prompt", "invalid_value"),
+        ({"prompt": ["a", "\udfff"]}, "prompt.1", "invalid_value"),
+        ({"prompt": ["Hi", {"a": 1}]}, "prompt.1", "invalid_type"),
+        ({"prompt": None}, "prompt", MISSING),
         ({"suffix": "x"}, "suffix", "unsupported_value"),
         ({"prompt": ["a"] * 65, "n": 2}, "n", "invalid_value"),
         ({"logprobs": 6}, "logprobs", "invalid_value"),
@@ -262,24 +234,12 @@ def test_a_completion_takes_all_four_shapes_of_prompts(prompt: Any, expected: An
         ({"best_of": 2}, "best_of", "unsupported_value"),
     ],
 )
-def test_a_completions_fault_names_its_field(fields: dict[str, Any], param: str, code: str) -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        completion(**fields)
-    assert (caught.value.param, caught.value.code) == (param, code)
-
-
-def test_a_prompt_of_the_wrong_type_names_its_position() -> None:
-    with pytest.raises(InvalidRequestError) as caught:
-        completion(prompt=["Hi", {"a": 1}])
-    assert caught.value.param == "prompt.1"
-
-
-def test_completions_default_to_sixteen_tokens() -> None:
-    assert completion().max_tokens == 16
+def test_a_completions_fault_names_its_field(fields, param, code):
+    assert refusal(completion, fields) == (param, code)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"temperature_": 1}, "Unknown parameter: 'temperature_'. Did you mean 'temperature'?"),
         ({"colour": 1}, "Unknown parameter: 'colour'. Leave it out."),
@@ -292,12 +252,12 @@ def test_completions_default_to_sixteen_tokens() -> None:
         ({"messages": None}, "Missing required parameter: 'messages'."),
     ],
 )
-def test_a_refusal_says_what_to_do(fields: dict[str, Any], told: str) -> None:
+def test_a_refusal_says_what_to_do(fields, message):
     with pytest.raises(InvalidRequestError) as caught:
         chat(**fields)
-    assert caught.value.message == told
+    assert caught.value.message == message
 
 
-def test_a_field_of_another_endpoint_is_told_by_its_name_here() -> None:
+def test_a_field_of_another_endpoint_is_refused_with_its_name_here():
     with pytest.raises(UnknownParameterError, match="Did you mean 'max_output_tokens'"):
         parse_response(b'{"model": "m", "input": "hi", "max_tokens": 5}')

@@ -10,7 +10,7 @@ from luthier.core.errors import ContextLengthExceededError, InvalidValueError
 from luthier.data.formats.chat import ChatFormat
 from luthier.data.rendering.chat_template import ChatTemplate
 from luthier.data.rendering.token_bounds import TokenBounds
-from luthier.inference.openai.chat_request import ChatRequest, parse_chat, parse_completion
+from luthier.inference.openai.chat_request import ChatRequest, CompletionRequest, parse_chat, parse_completion
 from luthier.inference.openai.generation_request import plan_chat, plan_completion
 from luthier.inference.openai.grammar import Grammars
 from tests.rows import read_line
@@ -21,6 +21,7 @@ TEMPLATE = ChatTemplate(
 )
 
 
+HI = [{"role": "user", "content": "Hi"}]
 _TOOL = {"type": "function", "function": {"name": "go"}}
 _CALL = {"id": "call_1", "type": "function", "function": {"name": "go", "arguments": "{}"}}
 
@@ -37,19 +38,25 @@ def make_ready(*, context_length: int = 100, num_virtual_tokens: int = 0) -> Any
     return SimpleNamespace(base=base, num_virtual_tokens=num_virtual_tokens)
 
 
-def chat(messages: list[dict[str, str]], **fields: Any) -> ChatRequest:
+def chat(messages: list[dict[str, str]] = HI, **fields: Any) -> ChatRequest:
     return parse_chat(json.dumps({"model": "m", "messages": messages} | fields).encode())
 
 
+def completion(prompt: str | list[str], **fields: Any) -> CompletionRequest:
+    return parse_completion(json.dumps({"model": "m", "prompt": prompt} | fields).encode())
+
+
+def plan(request: ChatRequest, ready: Any = None, *, default: int = 10, max_cache: int = 1000) -> Any:
+    limits: dict[str, Any] = {"max_tokens_default": default, "max_cache_tokens": max_cache}
+    return plan_chat(request, ready or make_ready(), **limits, grammars=Grammars())
+
+
 @pytest.mark.parametrize("names", [{}, {"name": "Ann"}, {"name": ""}])
-def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -> None:
+def test_messages_are_rendered_as_training_renders_them(names):
     messages = [{"role": "user", "content": "Hi"} | names, {"role": "assistant", "content": "Yes"}]
     row = read_line(ChatFormat(), json.dumps({"messages": messages}).encode())
-    assert row is not None
     trained = TEMPLATE.render([turn.to_message() for turn in row.turns], add_generation_prompt=True)
-    [prompt] = plan_chat(
-        chat(messages), make_ready(), max_tokens_default=10, max_cache_tokens=1000, grammars=Grammars()
-    ).prompts
+    [prompt] = plan(chat(messages)).prompts
     assert "".join(map(chr, prompt)) == trained
 
 
@@ -60,67 +67,45 @@ def test_messages_are_rendered_as_training_renders_them(names: dict[str, str]) -
         ({"messages": [{"role": "assistant", "tool_calls": [_CALL]}]}, "messages.0.tool_calls"),
     ],
 )
-def test_what_the_template_has_no_place_for_is_refused(fields: dict[str, Any], param: str) -> None:
-    asked = chat(**({"messages": [{"role": "user", "content": "Hi"}]} | fields))
+def test_what_the_template_has_no_place_for_is_refused(fields, param):
     with pytest.raises(InvalidValueError, match="has no place for tool") as caught:
-        plan_chat(asked, make_ready(), max_tokens_default=9, max_cache_tokens=99, grammars=Grammars())
+        plan(chat(**fields))
     assert caught.value.param == param
 
 
-def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers() -> None:
-    messages = [{"role": "user", "content": "Hi"}]
-    ready = make_ready(context_length=100)
+def test_a_request_that_the_server_could_never_hold_is_refused_with_numbers():
     with pytest.raises(ContextLengthExceededError, match="memory for one answer is 20 tokens") as caught:
-        plan_chat(
-            chat(messages, max_tokens=13),
-            ready,
-            max_tokens_default=10,
-            max_cache_tokens=20,
-            grammars=Grammars(),
-        )
+        plan(chat(max_tokens=13), max_cache=20)
     assert (caught.value.http_status, caught.value.param) == (400, "messages")
-    asked = parse_completion(b'{"model": "m", "prompt": ["a", "abcdef"], "max_tokens": 15}')
+    asked = completion(["a", "abcdef"], max_tokens=15)
     with pytest.raises(ContextLengthExceededError, match="has 6 and the answer was given 15") as caught:
-        plan_completion(asked, ready, max_cache_tokens=20)
+        plan_completion(asked, make_ready(), max_cache_tokens=20)
     assert caught.value.param == "prompt"
     assert "lower max_tokens" in caught.value.message
-    assert plan_completion(asked, ready, max_cache_tokens=21).options.max_tokens == 15
+    assert plan_completion(asked, make_ready(), max_cache_tokens=21).options.max_tokens == 15
 
 
-def test_an_answer_of_unnamed_length_takes_no_more_than_the_server_can_hold() -> None:
-    messages = [{"role": "user", "content": "Hi"}]
-    plan = plan_chat(
-        chat(messages), make_ready(), max_tokens_default=50, max_cache_tokens=20, grammars=Grammars()
-    )
-    assert len(plan.prompts[0]) + plan.options.max_tokens == 20
+def test_an_answer_of_unnamed_length_takes_no_more_than_the_server_can_hold():
+    planned = plan(chat(), default=50, max_cache=20)
+    assert len(planned.prompts[0]) + planned.options.max_tokens == 20
 
 
-def test_virtual_tokens_are_taken_from_the_context_and_from_the_servers_memory() -> None:
-    messages = [{"role": "user", "content": "Hi"}]
+def test_virtual_tokens_are_taken_from_the_context_and_from_the_servers_memory():
     ready = make_ready(context_length=30, num_virtual_tokens=6)
-    plan = plan_chat(chat(messages), ready, max_tokens_default=50, max_cache_tokens=1000, grammars=Grammars())
-    assert len(plan.prompts[0]) + plan.options.max_tokens == 24
+    planned = plan(chat(), ready, default=50)
+    assert len(planned.prompts[0]) + planned.options.max_tokens == 24
     with pytest.raises(ContextLengthExceededError, match=r"context is 24 tokens beside the model's own 6"):
-        plan_chat(
-            chat(messages, max_tokens=17),
-            ready,
-            max_tokens_default=50,
-            max_cache_tokens=1000,
-            grammars=Grammars(),
-        )
-    asked = parse_completion(b'{"model": "m", "prompt": ["abcdef"], "max_tokens": 15}')
+        plan(chat(max_tokens=17), ready)
+    asked = completion(["abcdef"], max_tokens=15)
     with pytest.raises(ContextLengthExceededError, match=r"one answer is 20 tokens beside the model's own 6"):
         plan_completion(asked, ready, max_cache_tokens=26)
     assert plan_completion(asked, ready, max_cache_tokens=27).options.max_tokens == 15
 
 
-def test_every_answer_to_a_prompt_has_a_seed_of_its_own_whatever_the_other_prompts() -> None:
+def test_every_answer_to_a_prompt_has_a_seed_of_its_own_whatever_the_other_prompts():
     def seeds(prompts: list[str], n: int) -> list[int | None]:
-        asked = {"model": "m", "prompt": prompts, "n": n, "seed": -7}
-        plan = plan_completion(
-            parse_completion(json.dumps(asked).encode()), make_ready(), max_cache_tokens=99
-        )
-        return [plan.options_of(index).seed for index in range(plan.num_choices)]
+        planned = plan_completion(completion(prompts, n=n, seed=-7), make_ready(), max_cache_tokens=99)
+        return [planned.options_of(index).seed for index in range(planned.num_choices)]
 
     three = seeds(["a"], 3)
     assert three[0] == -7 and len(set(three)) == 3
@@ -128,23 +113,19 @@ def test_every_answer_to_a_prompt_has_a_seed_of_its_own_whatever_the_other_promp
     assert seeds(["a"], 2) == three[:2]
 
 
-def test_a_bias_of_a_token_that_the_base_does_not_have_is_refused() -> None:
-    asked = parse_completion(b'{"model": "m", "prompt": "a", "logit_bias": {"128": 1}}')
+def test_a_bias_of_a_token_that_the_base_does_not_have_is_refused():
     with pytest.raises(InvalidValueError) as caught:
-        plan_completion(asked, make_ready(), max_cache_tokens=100)
+        plan_completion(completion("a", logit_bias={"128": 1}), make_ready(), max_cache_tokens=100)
     assert caught.value.param == "logit_bias.128"
 
 
-def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised() -> None:
+def test_a_prompt_that_is_far_too_long_is_refused_before_it_is_tokenised():
     ready = make_ready()
     ready.base.token_bounds = TokenBounds(4)
     ready.base.tokenizer.encode = ready.base.tokenizer.encode_raw = None
-    asked = chat([{"role": "user", "content": "z" * 400}])
-    limits: Any = {"max_tokens_default": 9, "max_cache_tokens": 999, "grammars": Grammars()}
     with pytest.raises(ContextLengthExceededError, match=r"has at least 102\. Shorten") as caught:
-        plan_chat(asked, ready, **limits)
+        plan(chat([{"role": "user", "content": "z" * 400}]), ready)
     assert caught.value.param == "messages"
-    asked_text = parse_completion(json.dumps({"model": "m", "prompt": ["z" * 400]}).encode())
     with pytest.raises(ContextLengthExceededError) as caught:
-        plan_completion(asked_text, ready, max_cache_tokens=999)
+        plan_completion(completion(["z" * 400]), ready, max_cache_tokens=999)
     assert caught.value.param == "prompt"

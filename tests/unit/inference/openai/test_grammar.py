@@ -35,7 +35,7 @@ def push(grammar: TokenGrammar, tokenizer: Tokenizer, text: str) -> bool:
     return True
 
 
-def test_a_text_of_the_schema_is_taken_to_its_end_and_no_further(tokenizer: Tokenizer) -> None:
+def test_a_text_of_the_schema_is_taken_to_its_end_and_no_further(tokenizer):
     grammar = start(
         tokenizer, {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     )
@@ -43,19 +43,19 @@ def test_a_text_of_the_schema_is_taken_to_its_end_and_no_further(tokenizer: Toke
     assert push(grammar, tokenizer, "}") and grammar.is_finished
 
 
-def test_an_end_is_allowed_where_the_text_may_be_whole(tokenizer: Tokenizer) -> None:
+def test_an_end_is_allowed_where_the_text_may_be_whole(tokenizer):
     grammar = start(tokenizer, {"type": "integer"})
     assert not grammar.allows(2)
     assert push(grammar, tokenizer, "12") and grammar.allows(2) and not grammar.is_finished
 
 
-def test_white_space_has_an_end(tokenizer: Tokenizer) -> None:
+def test_white_space_has_an_end(tokenizer):
     assert push(start(tokenizer, {"type": "object"}), tokenizer, '{\n    "a": 1,\n    "b": [ 1, 2 ]\n}')
     assert not push(start(tokenizer, {"type": "object"}), tokenizer, "{\n\n")
     assert not push(start(tokenizer, {"type": "object"}), tokenizer, "{" + " " * 9)
 
 
-def test_answers_of_one_grammar_go_their_own_ways_and_it_is_compiled_once(tokenizer: Tokenizer) -> None:
+def test_answers_of_one_grammar_go_their_own_ways_and_it_is_compiled_once(tokenizer):
     grammars = Grammars()
     lark = "start: " + json_rule({"enum": ["red", "green"]}, param="schema")
     compiled = grammars.compile(lark, tokenizer, "digest", param="schema")
@@ -65,9 +65,7 @@ def test_answers_of_one_grammar_go_their_own_ways_and_it_is_compiled_once(tokeni
     assert push(answers[0], tokenizer, '"red"') and push(answers[1], tokenizer, '"green"')
 
 
-def test_a_token_that_is_not_allowed_is_an_error_that_quotes_nothing(
-    tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_token_that_is_not_allowed_is_an_error_that_quotes_nothing(tokenizer, capfd):
     grammar = start(tokenizer, {"type": "integer"})
     with pytest.raises(LuthierError) as caught:
         grammar.push(tokenizer.encode("q")[0])
@@ -75,7 +73,7 @@ def test_a_token_that_is_not_allowed_is_an_error_that_quotes_nothing(
     assert capfd.readouterr() == ("", "")
 
 
-def test_schemas_too_deep_or_bases_without_an_end_are_refused(tokenizer: Tokenizer) -> None:
+def test_schemas_too_deep_or_bases_without_an_end_are_refused(tokenizer):
     deep: dict[str, Any] = {}
     for _ in range(400):
         deep = {"items": deep}

@@ -1,6 +1,5 @@
 """A text on its way out: what is made once for all of an answer's chunks gives the bytes of each."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +16,7 @@ TEXTS = ["a", "", ' "quoted" \\ and {"content":null}', "zwölf 🧵\n\t", "\0tex
 @pytest.mark.parametrize("with_usage", [True, False])
 @pytest.mark.parametrize("with_logprobs", [True, False])
 @pytest.mark.parametrize("make", [ChatFormatter, CompletionFormatter])
-def test_a_text_is_the_event_of_its_part(
-    tmp_path: Path, make: Any, with_usage: bool, with_logprobs: bool
-) -> None:
+def test_a_text_is_the_event_of_its_part(tmp_path, make, with_usage, with_logprobs):
     asked: Any = SimpleNamespace(
         num_logprobs=0 if with_logprobs else None,
         stream_options=SimpleNamespace(include_usage=with_usage),

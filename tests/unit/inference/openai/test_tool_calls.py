@@ -24,7 +24,7 @@ from luthier.inference.openai.tools import Tools, read_tools
 from tests.tiny import write_tokenizer
 
 _TURNS = (
-    "{{% if tools %}}<|im_start|>{told}{{{{ tools | tojson }}}}<|im_end|>{{% endif %}}"
+    "{{% if tools %}}<|im_start|>{words}{{{{ tools | tojson }}}}<|im_end|>{{% endif %}}"
     "{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\\n' }}}}"
     "{{% if m.tool_calls %}}{{{{ m.content or '' }}}}{calls}"
     "{{% else %}}{{{{ m.content }}}}{{% endif %}}{{{{ '<|im_end|>\\n' }}}}{{% endfor %}}"
@@ -52,8 +52,8 @@ CALLS = {
 }
 
 
-def template(kind: str, told: str = "system\n") -> ChatTemplate:
-    return ChatTemplate(_TURNS.format(calls=CALLS[kind], told=told))
+def template(kind: str) -> ChatTemplate:
+    return ChatTemplate(_TURNS.format(calls=CALLS[kind], words="system\n"))
 
 
 @pytest.fixture(scope="module")
@@ -65,42 +65,29 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer(inner, [2])
 
 
-def syntax_of(kind: str, tokenizer: Tokenizer) -> CallSyntax:
-    found = find_syntax(template(kind), tokenizer)
-    assert found is not None
-    return found
+def syntax_of(kind: str, tokenizer: Tokenizer) -> Any:
+    return find_syntax(template(kind), tokenizer)
+
+
+_BETWEEN = "\n</tool_call>\n<tool_call>\n"
+_MISTRAL = {"is_list": True, "has_short_ids": True, "shown_token_ids": frozenset({300})}
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("hermes", CallSyntax("<tool_call>\n", "\n</tool_call>", between="\n</tool_call>\n<tool_call>\n")),
-        (
-            "thinking",
-            CallSyntax("<tool_call>\n", "\n</tool_call>\n", between="\n</tool_call>\n<tool_call>\n"),
-        ),
+        ("hermes", CallSyntax("<tool_call>\n", "\n</tool_call>", between=_BETWEEN)),
+        ("thinking", CallSyntax("<tool_call>\n", "\n</tool_call>\n", between=_BETWEEN)),
         ("looking", CallSyntax("<tool_call>\n", "\n</tool_call>", between="\n</tool_call><tool_call>\n")),
         ("llama", CallSyntax("", "", middle='", "parameters": ', arguments_key="parameters")),
-        (
-            "mistral",
-            CallSyntax(
-                "[TOOL_CALLS] ",
-                "",
-                is_list=True,
-                between=", ",
-                has_short_ids=True,
-                shown_token_ids=frozenset({300}),
-            ),
-        ),
+        ("mistral", CallSyntax("[TOOL_CALLS] ", "", between=", ", **_MISTRAL)),
     ],
 )
-def test_the_template_itself_shows_how_calls_are_written(
-    tokenizer: Tokenizer, kind: str, expected: CallSyntax
-) -> None:
+def test_the_template_itself_shows_how_calls_are_written(tokenizer, kind, expected):
     assert syntax_of(kind, tokenizer) == expected
 
 
-def test_calls_without_a_text_are_rendered_by_templates_that_look_into_every_text() -> None:
+def test_calls_without_a_text_are_rendered_by_templates_that_look_into_every_text():
     call = {"id": "call_1", "type": "function", "function": {"name": "go", "arguments": "{}"}}
     messages = [{"role": "assistant", "content": None, "tool_calls": [call]}]
     assert '{"name": "go"' in render_calls(template("looking"), messages, [], add_generation_prompt=False)
@@ -108,14 +95,14 @@ def test_calls_without_a_text_are_rendered_by_templates_that_look_into_every_tex
         render_calls(ChatTemplate("{{ raise_exception('no') }}"), messages, [], add_generation_prompt=False)
 
 
-def test_a_template_that_tells_of_calls_in_words_alone_is_taken_at_its_word(tokenizer: Tokenizer) -> None:
+def test_a_template_that_describes_calls_in_words_alone_is_taken_at_its_word(tokenizer):
     words = "system\nAnswer in <tool_call></tool_call>: "
-    told = ChatTemplate(_TURNS.format(calls="{{ m.tool_calls[0].nothing.at_all }}", told=words))
-    found = find_syntax(told, tokenizer)
+    described = ChatTemplate(_TURNS.format(calls="{{ m.tool_calls[0].nothing.at_all }}", words=words))
+    found = find_syntax(described, tokenizer)
     assert found is not None and found.begin == "<tool_call>\n"
 
 
-def test_calls_that_are_no_json_have_no_syntax(tokenizer: Tokenizer) -> None:
+def test_calls_that_are_no_json_have_no_syntax(tokenizer):
     assert find_syntax(template("xml"), tokenizer) is None
 
 
@@ -140,40 +127,32 @@ LOOKED = ("look", '{"at": "a \\"{sky}\\" é", "n": [1, {"b": 2}]}')
 GO = '{"name": "go", "arguments": {}}'
 
 
+def tagged(call: str) -> str:
+    return f"<tool_call>{call}</tool_call>"
+
+
+LOOK_OF_LLAMA, GO_OF_LLAMA = LOOK.replace("arguments", "parameters"), GO.replace("arguments", "parameters")
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 1000])
 @pytest.mark.parametrize(
     ("kind", "text", "content", "calls"),
     [
         ("hermes", "Just a text. ", "Just a text. ", []),
-        ("hermes", f"<tool_call>\n{LOOK}\n</tool_call>", "", [LOOKED]),
-        (
-            "hermes",
-            f"\n<tool_call>{LOOK}</tool_call>\n<tool_call>\n{GO}\n</tool_call>\n",
-            "",
-            [LOOKED, ("go", "{}")],
-        ),
-        ("hermes", f"I look. \n<tool_call>\n{LOOK}\n</tool_call>Done.", "I look.Done.", [LOOKED]),
+        ("hermes", tagged(f"\n{LOOK}\n"), "", [LOOKED]),
+        ("hermes", f"\n{tagged(LOOK)}\n{tagged(GO)}\n", "", [LOOKED, ("go", "{}")]),
+        ("hermes", f"I look. \n{tagged(LOOK)}Done.", "I look.Done.", [LOOKED]),
         ("hermes", "a <tool_cat> b < c", "a <tool_cat> b < c", []),
-        ("hermes", '<tool_call>{"name": "fly", "arguments": {}}</tool_call>', None, []),
-        ("hermes", "<tool_call>no json</tool_call>", None, []),
-        ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "go"}</tool_call>', "", [("go", '{"x": 1}')]),
-        (
-            "hermes",
-            '<tool_call>{"name": "go", "arguments": "{\\"x\\": 1}"}</tool_call>',
-            "",
-            [("go", '{"x": 1}')],
-        ),
-        ("hermes", '<tool_call>{"name": "go"}</tool_call>', "", [("go", "{}")]),
-        (
-            "hermes",
-            '<tool_call>{"name": "go", "arguments": {"x": 1 } }</tool_call>',
-            "",
-            [("go", '{"x": 1 }')],
-        ),
+        ("hermes", tagged('{"name": "fly", "arguments": {}}'), None, []),
+        ("hermes", tagged("no json"), None, []),
+        ("hermes", tagged('{"arguments": {"x": 1}, "name": "go"}'), "", [("go", '{"x": 1}')]),
+        ("hermes", tagged('{"name": "go", "arguments": "{\\"x\\": 1}"}'), "", [("go", '{"x": 1}')]),
+        ("hermes", tagged('{"name": "go"}'), "", [("go", "{}")]),
+        ("hermes", tagged('{"name": "go", "arguments": {"x": 1 } }'), "", [("go", '{"x": 1 }')]),
         ("hermes", '<tool_call>{"name": "go", "arguments": {"x": "cu', "", [("go", '{"x": "cu')]),
         ("hermes", '<tool_call>{"name": "g', None, []),
-        ("llama", LOOK.replace("arguments", "parameters"), "", [LOOKED]),
-        ("llama", "\n" + GO.replace("arguments", "parameters"), "", [("go", "{}")]),
+        ("llama", LOOK_OF_LLAMA, "", [LOOKED]),
+        ("llama", "\n" + GO_OF_LLAMA, "", [("go", "{}")]),
         ("llama", '{"colour": "red"}', '{"colour": "red"}', []),
         ("llama", "It is {blue}.", "It is {blue}.", []),
         ("mistral", f"[TOOL_CALLS] [{LOOK}, {GO}]", "", [LOOKED, ("go", "{}")]),
@@ -181,19 +160,17 @@ GO = '{"name": "go", "arguments": {}}'
         ("mistral", "It is [blue].", "It is [blue].", []),
     ],
 )
-def test_calls_are_read_wherever_the_text_is_cut(
-    tokenizer: Tokenizer, kind: str, text: str, content: str | None, calls: list[Any], size: int
-) -> None:
+def test_calls_are_read_wherever_the_text_is_cut(tokenizer, kind, text, content, calls, size):
     # None: what is no call in the end stays the text that it was.
     assert read(syntax_of(kind, tokenizer), text, size) == (text if content is None else content, calls)
 
 
-def test_one_call_at_most_is_told_where_calls_are_not_parallel(tokenizer: Tokenizer) -> None:
+def test_one_call_at_most_is_read_where_calls_are_not_parallel(tokenizer):
     text = f"<tool_call>{GO}</tool_call><tool_call>{LOOK}</tool_call>"
     assert read(syntax_of("hermes", tokenizer), text, 5, is_parallel=False) == ("", [("go", "{}")])
 
 
-def test_ids_are_of_the_length_that_the_template_takes(tokenizer: Tokenizer) -> None:
+def test_ids_are_of_the_length_that_the_template_takes(tokenizer):
     for kind, length in (("hermes", 29), ("mistral", 9)):
         syntax = syntax_of(kind, tokenizer)
         reader = ToolCallParser(syntax, frozenset({"go"}), is_parallel=True)
@@ -221,7 +198,6 @@ def grammar_of(kind: str, tokenizer: Tokenizer, asked: Tools, answer: Any = None
 
 def takes(grammar: CompiledGrammar | None, tokenizer: Tokenizer, text: str) -> bool:
     """Whether an answer may be a text."""
-    assert grammar is not None
     answer = grammar.start()
     for token_id in tokenizer.encode(text):
         if not answer.allows(token_id):
@@ -231,9 +207,7 @@ def takes(grammar: CompiledGrammar | None, tokenizer: Tokenizer, text: str) -> b
 
 
 @pytest.mark.parametrize("kind", ["hermes", "llama", "mistral"])
-def test_required_calls_are_written_as_the_template_does_and_by_the_schema(
-    tokenizer: Tokenizer, kind: str
-) -> None:
+def test_required_calls_are_written_as_the_template_does_and_by_the_schema(tokenizer, kind):
     syntax = syntax_of(kind, tokenizer)
     opening, closing = ("[", "]") if syntax.is_list else ("", "")
 
@@ -256,9 +230,7 @@ def test_required_calls_are_written_as_the_template_does_and_by_the_schema(
 
 
 @pytest.mark.parametrize("kind", ["hermes", "mistral"])
-def test_strict_tools_are_held_to_their_schema_where_the_model_chooses_to_call(
-    tokenizer: Tokenizer, kind: str
-) -> None:
+def test_strict_tools_are_held_to_their_schema_where_the_model_chooses_to_call(tokenizer, kind):
     assert grammar_of(kind, tokenizer, tools()) is None
     syntax, grammar = syntax_of(kind, tokenizer), grammar_of(kind, tokenizer, tools(strict=True))
     opening, closing = ("[", "]") if syntax.is_list else ("", "")

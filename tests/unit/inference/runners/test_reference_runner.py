@@ -1,6 +1,5 @@
 """The reference runner: every method on every shape answers as it does alone, whatever the scheduler does."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,14 +8,14 @@ from safetensors.torch import load_file, save_file
 
 from luthier.core.errors import ArtifactCorruptError
 from luthier.inference.engine.scheduler import Scheduler
-from luthier.inference.engine.sequence import Choice, Finish, Piece, SamplingOptions, Sequence, SequenceEvent
+from luthier.inference.engine.sequence import Choice, Finish
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runners.reference import ReferenceRunner
 from luthier.methods import discover
 from luthier.modeling.protocols import AdapterInfo, AdapterSource, ScheduledBatch, TokenChunk
 from tests.tiny_shapes import SHAPES, build_shape
 from tests.unit.inference.artifacts import load_plain, make_artifact
-from tests.unit.inference.engine.test_scheduler import Ids, ServedStub, run_dry
+from tests.unit.inference.sequences import Asked, ask, run
 
 # One is longer than the sliding windows of the shapes, one as short as can be; two begin alike.
 PROMPTS = [[5, 6, 7], [20 + i % 60 for i in range(31)], [9], [20 + i % 60 for i in range(40)]]
@@ -38,9 +37,7 @@ def expected_of(method: Any, attached: Any, prompt: list[int]) -> list[Choice]:
 
 
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_every_method_answers_as_it_does_alone(
-    tmp_path: Path, shape: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_method_answers_as_it_does_alone(tmp_path, shape, monkeypatch):
     torch.set_num_threads(1)
     base = build_shape(tmp_path / "base", shape)
     # Few blocks, so that sequences are preempted.
@@ -56,31 +53,25 @@ def test_every_method_answers_as_it_does_alone(
     preempted: list[object] = []
     preempt = Scheduler._preempt
     monkeypatch.setattr(Scheduler, "_preempt", lambda *given: (preempted.append(given), preempt(*given)))
-    asked: list[tuple[list[Choice], list[SequenceEvent]]] = []
+    asked: list[tuple[list[Choice], Asked]] = []
     for place, prompt in enumerate(PROMPTS):
         for info, expected in models:
-            events: list[SequenceEvent] = []
-            key = ("base", None if info is None else str(info.adapter))
-            options = SamplingOptions(NUM_TOKENS, temperature=0.0, num_logprobs=0)
-            executor.scheduler.add(
-                Sequence(key, ServedStub(info), prompt, options, Ids(), frozenset(), events.append)
-            )
-            asked.append((expected[place], events))
+            one = ask(prompt, NUM_TOKENS, adapter=info, num_logprobs=0)
+            executor.scheduler.add(one.sequence)
+            asked.append((expected[place], one))
         executor.step()
-    run_dry(executor)
-    for answer, events in asked:
-        found = [one.choice for event in events if isinstance(event, Piece) for one in event.choices]
-        assert [choice.token_id for choice in found] == [choice.token_id for choice in answer]
+    run(executor)
+    for answer, one in asked:
+        assert [choice.token_id for choice in one.choices] == [choice.token_id for choice in answer]
         logprobs = [choice.logprob for choice in answer]
-        assert [choice.logprob for choice in found] == pytest.approx(logprobs, abs=1e-4)
-        assert isinstance(events[-1], Finish)
+        assert [choice.logprob for choice in one.choices] == pytest.approx(logprobs, abs=1e-4)
+        assert isinstance(one.events[-1], Finish)
     assert preempted
     # The models differ at all, or equality with them says nothing.
     assert len({str(expected) for _, expected in models}) == len(models)
     assert executor.scheduler.pool.num_free == executor.scheduler.pool.num_blocks
     # Taken off, nothing of the adapters is left on the base.
     for info, _ in models[1:]:
-        assert info is not None
         executor.runner.remove_adapter(info.adapter)
     chunk = TokenChunk(PROMPTS[1], 0, [0, 1], None, 0)
     found_TV = executor.runner.execute(ScheduledBatch([chunk])).rows(range(31))
@@ -89,7 +80,7 @@ def test_every_method_answers_as_it_does_alone(
     assert torch.allclose(found_TV, expected_TV, atol=1e-5)
 
 
-def test_an_artifact_of_another_shape_is_refused_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+def test_an_artifact_of_another_shape_is_refused_and_leaves_the_base_as_it_was(tmp_path):
     base, other = build_shape(tmp_path / "base", "llama"), build_shape(tmp_path / "other", "gpt2")
     make_artifact(other, tmp_path / "artifact", "lora", "gpt2")
     runner = ReferenceRunner(load_plain(base), num_blocks=4, max_sequences=2)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.runners import registry
 from luthier.inference.runners.reference import ReferenceRunner
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.unit.inference.artifacts import load_tiny
-from tests.unit.inference.engine.test_engine import ask
-from tests.unit.inference.models.test_adapter_cache import InlineEngine
+from tests.unit.inference.sequences import ask, run
 
 # One that is exact for a table of answers that transformers gave when it was loaded.
 _SOURCE = '''
@@ -79,36 +79,27 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_runner_of_another_package_answers_with_no_other_file_touched(tmp_path: Path) -> None:
+def test_a_runner_of_another_package_answers_with_no_other_file_touched(tmp_path):
     folder = build_tiny_base(tmp_path / BASE_ID)
     base = load_tiny(folder)
     assert type(base.executor.runner).__module__ == "table_answers"
-    engine = InlineEngine()
-    asked = [ask(base.executor, prompt, 6) for prompt in ([5, 6, 7], list(range(20, 33)))]
-    for one in asked:
-        engine.add(one.sequence)
-    while engine.step():
-        pass
     reference = ReferenceRunner(base.executor.runner.model, num_blocks=64, max_sequences=4)
-    base.executor = type(base.executor)(reference)
-    again = [ask(base.executor, one.sequence.prompt_ids, 6) for one in asked]
-    for one in again:
-        engine.add(one.sequence)
-    while engine.step():
-        pass
-    assert [one.tokens for one in asked] == [one.tokens for one in again]
+    found = []
+    for executor in (base.executor, BatchExecutor(reference)):
+        asked = [ask(prompt, 6) for prompt in ([5, 6, 7], list(range(20, 33)))]
+        run(executor, *asked)
+        found.append([one.token_ids for one in asked])
+    assert found[0] == found[1]
 
 
 @pytest.mark.usefixtures("installed")
-def test_reference_is_asked_last(tmp_path: Path) -> None:
+def test_reference_is_asked_last(tmp_path):
     names = [name for name, _ in registry.find_providers()]
     assert names[0] == "table" and names[-1] == "reference"
 
 
 @pytest.mark.usefixtures("installed")
-def test_a_runner_that_cannot_be_imported_is_logged_and_the_others_serve(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_runner_that_cannot_be_imported_is_logged_and_the_others_serve(tmp_path, caplog):
     (tmp_path / "packages" / "table_answers.py").write_text("import a_package_that_is_not_installed\n")
     names = [name for name, _ in registry.find_providers()]
     assert "table" not in names and names[-1] == "reference"

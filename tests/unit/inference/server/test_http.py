@@ -44,9 +44,7 @@ async def fail_within(_request: Request) -> Response:
 
 
 @pytest.mark.parametrize("path", ["/whole", "/stream"])
-def test_a_fault_is_logged_once_by_kind_and_place_and_ends_its_request_alone(
-    path: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_fault_is_logged_once_by_kind_and_place_and_ends_its_request_alone(path, caplog):
     routes = [Route("/whole", fail), Route("/stream", fail_within)]
     app = FaultGate(Starlette(routes=routes, exception_handlers=EXCEPTION_HANDLERS))
     sent = get(app, path)
@@ -57,7 +55,7 @@ def test_a_fault_is_logged_once_by_kind_and_place_and_ends_its_request_alone(
     assert "RuntimeError" in caplog.text and SECRET not in caplog.text
 
 
-def test_a_fault_that_nobody_answered_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_without_an_answer_is_logged_too(caplog):
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise OSError(SECRET)
 

@@ -25,28 +25,31 @@ def choose(monkeypatch: pytest.MonkeyPatch, *, gains: bool, begun_in: str | None
     return choose_machine("cpu", asked, 1, begun_in=begun_in).precision  # type: ignore[arg-type]
 
 
-def test_auto_takes_bfloat16_where_the_hardware_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(monkeypatch, gains=True, begun_in=None) == "bfloat16"
-    assert choose(monkeypatch, gains=False, begun_in=None) == "float32"
+@pytest.mark.parametrize(
+    ("gains", "begun_in", "expected"),
+    [
+        (True, None, "bfloat16"),
+        (False, None, "float32"),
+        (True, "float32", "float32"),
+        (True, "bfloat16", "bfloat16"),
+        (False, "float32", "float32"),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_hardware_multiplies_it_and_a_resume_keeps_its_type(
+    monkeypatch, gains, begun_in, expected
+):
+    assert choose(monkeypatch, gains=gains, begun_in=begun_in) == expected
 
 
-def test_a_resume_keeps_the_type_that_the_job_was_begun_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose(monkeypatch, gains=True, begun_in="float32") == "float32"
-    assert choose(monkeypatch, gains=True, begun_in="bfloat16") == "bfloat16"
-    assert choose(monkeypatch, gains=False, begun_in="float32") == "float32"
-
-
-def test_a_machine_that_cannot_keep_it_says_so_and_leaves_the_job_to_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_machine_that_cannot_keep_it_says_so_and_leaves_the_job_to_another(monkeypatch):
     with pytest.raises(UnsuitableMachineError, match=r"training\.precision") as caught:
         choose(monkeypatch, gains=False, begun_in="bfloat16")
     assert caught.value.retryable
-    # Whoever asked for the type gets it, however slow.
+    # A job that asked for the type gets it, however slow.
     assert choose(monkeypatch, gains=False, begun_in="bfloat16", asked="bfloat16") == "bfloat16"
 
 
-def test_a_gpu_that_only_emulates_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_only_emulates_bfloat16_trains_in_float32(monkeypatch):
     """As torch answers for a Turing or Volta card, which emulates the type."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)

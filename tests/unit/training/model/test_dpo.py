@@ -29,12 +29,15 @@ TUNINGS: list[dict[str, Any]] = [
 ]
 
 
-def references(base: Path) -> np.ndarray:
-    """Return the bare base's log-likelihood of every row."""
+def bare(base: Path) -> JobModel:
     causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
     sample = collate(ROWS, np.array([0]), pad_id=2)
-    untuned = JobModel(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
-    return reference_log_likelihoods(untuned, ROWS, max_tokens=200, pad_id=2, should_stop=lambda: False)
+    return JobModel(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
+
+
+def references(base: Path) -> np.ndarray:
+    """Return the bare base's log-likelihood of every row."""
+    return reference_log_likelihoods(bare(base), ROWS, max_tokens=200, pad_id=2, should_stop=lambda: False)
 
 
 def make(base: Path, tuning: dict[str, Any]) -> JobModel:
@@ -69,8 +72,8 @@ def written_out(job_model: JobModel, reference_N: np.ndarray, pairs: list[int]) 
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("tuning", TUNINGS, ids=lambda tuning: tuning["type"])
-def test_loss_and_gradients_equal_the_paper_s_equation(tuning: dict[str, Any], base: Path) -> None:
+@pytest.mark.parametrize("tuning", TUNINGS, ids=str)
+def test_loss_and_gradients_equal_the_paper_s_equation(tuning, base):
     reference_N = references(base)
     job_model = make(base, tuning)
     expected = written_out(job_model, reference_N, [0, 3, 5])
@@ -87,7 +90,7 @@ def test_loss_and_gradients_equal_the_paper_s_equation(tuning: dict[str, Any], b
             assert torch.allclose(found, gradient, atol=1e-5, rtol=1e-3), name
 
 
-def test_the_cut_into_parts_changes_nothing(base: Path) -> None:
+def test_the_cut_into_parts_changes_nothing(base):
     reference_N = references(base)
     found = []
     for parts in ([(0, 3, 5, 1)], [(0,), (3, 5), (1,)]):
@@ -102,7 +105,7 @@ def test_the_cut_into_parts_changes_nothing(base: Path) -> None:
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, others, strict=True))
 
 
-def test_a_part_with_nothing_to_score_adds_no_gradient(base: Path) -> None:
+def test_a_part_with_nothing_to_score_adds_no_gradient(base):
     reference_N = references(base)
     job_model = make(base, {"type": "lora", "rank": 4})
     whole = part(reference_N, 0, 3)
@@ -117,11 +120,8 @@ def test_a_part_with_nothing_to_score_adds_no_gradient(base: Path) -> None:
 
 
 @torch.no_grad()
-def test_the_model_that_the_job_starts_from_prefers_nothing_to_itself(base: Path) -> None:
+def test_the_model_that_the_job_starts_from_prefers_nothing_to_itself(base):
     reference_N = references(base)
-    causal_lm = load_base(base, dtype=torch.float32, device="cpu").eval()
-    sample = collate(ROWS, np.array([0]), pad_id=2)
-    start = JobModel(Untuned(), Attached(model=causal_lm, causal_lm=causal_lm), "cpu", sample)
-    loss = pair_loss(start, part(reference_N, 0, 1, 2, 3), BETA)
+    loss = pair_loss(bare(base), part(reference_N, 0, 1, 2, 3), BETA)
     assert loss.loss_sum.item() / 4 == pytest.approx(math.log(2), abs=1e-5)
     assert float(loss.margins_P.sum()) == pytest.approx(0.0, abs=1e-4)

@@ -12,29 +12,19 @@ from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
 from luthier.training.model.device import Machine, available_bytes, out_of_memory
 from luthier.training.output.artifact import Origin
 from services.capacity.estimates import need_memory
-from tests.tiny import build_tiny_base, build_tiny_run
+from tests.tiny import build_tiny_base, build_tiny_run, make_facts
 
-FACTS = BaseFacts(
-    id="smollm2-135m-instruct",
-    source="hf:none",
-    licence="apache-2.0",
-    digest="sha256:" + "0" * 64,
-    tokenizer_digest="sha256:" + "0" * 64,
-    context_length=8192,
-    num_parameters=134_515_008,
-    num_layers=30,
-    hidden_size=576,
-)
+FACTS = make_facts(context_length=8192, num_parameters=134_515_008, num_layers=30, hidden_size=576)
 FLOAT32 = Machine(device="cpu", dtype=torch.float32)
 
 
-def test_a_part_is_bounded_by_base_and_kind_of_device_alone() -> None:
+def test_a_part_is_bounded_by_base_and_kind_of_device_alone():
     assert max_part_tokens(FACTS, "cpu") == 1553
     huge = FACTS.model_copy(update={"num_layers": 80, "hidden_size": 8192})
     assert max_part_tokens(huge, "cpu") == 256
 
 
-def test_there_is_what_this_process_has_and_what_is_left() -> None:
+def test_there_is_what_this_process_has_and_what_is_left():
     total = next(
         int(line.split()[1]) * 1024
         for line in Path("/proc/meminfo").read_text().splitlines()
@@ -45,11 +35,9 @@ def test_there_is_what_this_process_has_and_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "tuning",
-    [{"type": "lora", "rank": 4}, {"type": "prompt", "num_virtual_tokens": 100}],
-    ids=lambda tuning: tuning["type"],
+    "tuning", [{"type": "lora", "rank": 4}, {"type": "prompt", "num_virtual_tokens": 100}], ids=str
 )
-def test_the_error_names_the_need_of_the_estimate(tmp_path: Path, tuning: dict[str, object]) -> None:
+def test_the_error_names_the_need_of_the_estimate(tmp_path, tuning):
     base = build_tiny_base(tmp_path / "base")
     hyperparameters = {"n_epochs": 1, "batch_size": 64}
     run = build_tiny_run(tmp_path / "run", base, tuning=tuning, hyperparameters=hyperparameters)

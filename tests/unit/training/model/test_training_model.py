@@ -36,12 +36,12 @@ def weights(job_model: JobModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("tuning", [{"type": "lora"}, {"type": "adapter"}])
-def test_adapters_of_a_bf16_base_are_trained_in_float32(base: Path, tuning: dict[str, Any]) -> None:
+def test_adapters_of_a_bf16_base_are_trained_in_float32(base, tuning):
     job_model = make(base, torch.bfloat16, tuning)
     assert {parameter.dtype for parameter in job_model.parameters} == {torch.float32}
 
 
-def test_the_parts_of_a_step_are_summed_in_float32_whatever_the_weights_are(base: Path) -> None:
+def test_the_parts_of_a_step_are_summed_in_float32_whatever_the_weights_are(base):
     job_model = make(base, torch.bfloat16)
     single = []
     for row in range(3):
@@ -54,7 +54,6 @@ def test_the_parts_of_a_step_are_summed_in_float32_whatever_the_weights_are(base
         job_model.add_gradients(job_model.loss(batch(row)).nll_sum)
     for (name, parameter), *parts in zip(job_model.named_parameters, *single, strict=True):
         expected = parts[0].float() + parts[1].float() + parts[2].float()
-        assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
         if name == "model.embed_tokens.weight":
             # A tied weight gets two gradients a part, and these too are now added in float32.
@@ -64,14 +63,14 @@ def test_the_parts_of_a_step_are_summed_in_float32_whatever_the_weights_are(base
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_update_leaves_no_gradient(base: Path, dtype: torch.dtype) -> None:
+def test_an_update_leaves_no_gradient(base, dtype):
     job_model = make(base, dtype)
     learn(job_model, 2, [batch(0, 1), batch(2, 3)])
     assert job_model.gradients == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_of_a_step_that_broke_off_are_forgotten(base: Path, dtype: torch.dtype) -> None:
+def test_gradients_of_a_step_that_broke_off_are_forgotten(base, dtype):
     parts = [batch(0, 1), batch(2, 3)]
     undisturbed = make(base, dtype)
     compute_gradients(undisturbed, parts, num_supervised=20)
@@ -83,7 +82,7 @@ def test_gradients_of_a_step_that_broke_off_are_forgotten(base: Path, dtype: tor
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_the_norm_of_bf16_gradients_is_summed_in_float32(base: Path) -> None:
+def test_the_norm_of_bf16_gradients_is_summed_in_float32(base):
     job_model = make(base, torch.bfloat16)
     scores = compute_gradients(job_model, [batch(*range(8))], num_supervised=30)
     everything = torch.cat([gradient.double().flatten() for gradient in job_model.gradients])
@@ -91,7 +90,7 @@ def test_the_norm_of_bf16_gradients_is_summed_in_float32(base: Path) -> None:
     assert scores.grad_norm == pytest.approx(everything.norm().item(), rel=1e-5)
 
 
-def test_weights_with_dropout_are_probed_without_it(base: Path) -> None:
+def test_weights_with_dropout_are_probed_without_it(base):
     job_model = make(base, tuning={"type": "lora", "dropout": 0.5})
     # Else the probe would find that logits don't come from the head, and compute all of them in every step.
     assert job_model.reference.head is not None
@@ -100,9 +99,7 @@ def test_weights_with_dropout_are_probed_without_it(base: Path) -> None:
 @pytest.mark.parametrize(
     "tuning", [{"type": "lora"}, {"type": "lora", "use_dora": True}, {"type": "adapter"}]
 )
-def test_the_bare_base_shares_every_weight_and_gives_the_bases_logits(
-    base: Path, tuning: dict[str, Any]
-) -> None:
+def test_the_bare_base_shares_every_weight_and_gives_the_bases_logits(base, tuning):
     job_model = make(base, tuning=tuning)
     learn(job_model, 2)
     bare = bare_base(job_model)
@@ -118,9 +115,7 @@ def test_the_bare_base_shares_every_weight_and_gives_the_bases_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tuning", [FULL, {"type": "lora"}, {"type": "adapter"}])
-def test_a_check_leaves_the_trained_model_as_it_was(
-    base: Path, tmp_path: Path, tuning: dict[str, Any], dtype: torch.dtype
-) -> None:
+def test_a_check_leaves_the_trained_model_as_it_was(base, tmp_path, tuning, dtype):
     job_model = make(base, dtype, tuning)
     learn(job_model, 3)
     with torch.no_grad():

@@ -1,21 +1,21 @@
 """The log that continues after a resume, and the card: it escapes every value and shows how to load."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import yaml
 
 from luthier.core.events import Metrics
-from luthier.core.specs import BaseFacts, RunInputs, TrainingSpec
+from luthier.core.specs import RunInputs, TrainingSpec
 from luthier.methods import discover
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.artifact import Origin, TrainingLog, _card, _code
+from tests.tiny import make_facts
 
 
-def test_a_log_goes_on_from_its_save_point_and_forgets_steps_that_will_be_done_again(tmp_path: Path) -> None:
+def test_a_log_continues_from_its_save_point_and_forgets_later_steps(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "tra')
     log = TrainingLog(path, '{"step": 1}\n')
@@ -23,7 +23,7 @@ def test_a_log_goes_on_from_its_save_point_and_forgets_steps_that_will_be_done_a
     assert [json.loads(line)["step"] for line in log.read().splitlines()] == [1, 2]
 
 
-def test_a_value_stays_inside_its_cell() -> None:
+def test_a_value_stays_inside_its_cell():
     assert _code("a`|b\n# c\u202e") == "`a  b # c `"
     assert _code(["x"]) == '`["x"]`'
 
@@ -38,13 +38,8 @@ def test_a_value_stays_inside_its_cell() -> None:
         ("adapter", None, "def load_adapter(model, folder):"),
     ],
 )
-def test_a_card_names_the_library_and_the_call_that_load_its_artifact(
-    name: str, library: str | None, call: str
-) -> None:
-    facts: dict[str, Any] = {"source": "path:/x", "licence": "mit", "digest": "sha256:1", "hidden_size": 8}
-    base = BaseFacts(
-        id="b", tokenizer_digest="sha256:2", context_length=9, num_parameters=9, num_layers=1, **facts
-    )
+def test_a_card_names_the_library_and_the_call_that_load_its_artifact(name, library, call):
+    base = make_facts(id="b", licence="mit")
     inputs = RunInputs(job_id="ftjob-x", model_name="ft:b:o::x", base_path="/x")
     spec = TrainingSpec(base=base, base_id="b", tuning={"type": name}, seed=1)
     job_model = SimpleNamespace(method=discover()[name], attached=SimpleNamespace(num_trained_parameters=3))

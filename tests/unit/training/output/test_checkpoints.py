@@ -47,9 +47,7 @@ def _publisher(job_model: _JobModel, folder: Path) -> Publisher:
     return Publisher(job, job_model, writer, samples=[None], general_ids=[], log=folder / "log")  # type: ignore[arg-type]
 
 
-def test_the_result_of_a_step_whose_checkpoint_was_proved_is_not_proved_again(
-    tmp_path: Path, written: list[tuple[int, Any]]
-) -> None:
+def test_the_result_of_a_step_whose_checkpoint_was_proved_is_not_proved_again(tmp_path, written):
     job_model = _JobModel()
     publisher = _publisher(job_model, tmp_path)
     publisher.write_checkpoint(3, Metrics(), is_chosen=True)
@@ -61,7 +59,7 @@ def test_the_result_of_a_step_whose_checkpoint_was_proved_is_not_proved_again(
     assert written[0][1] is not written[1][1]
 
 
-def test_a_proof_that_failed_is_not_remembered(tmp_path: Path, written: list[tuple[int, Any]]) -> None:
+def test_a_proof_that_failed_is_not_remembered(tmp_path, written):
     job_model = _JobModel(fails=True)
     publisher = _publisher(job_model, tmp_path)
     with pytest.raises(SelfCheckError):

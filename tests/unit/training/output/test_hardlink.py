@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,14 @@ def sealed(tmp_path: Path) -> Path:
     return tmp_path / "sealed"
 
 
-def test_a_linked_folder_takes_no_room_and_outlives_the_first(sealed: Path, tmp_path: Path) -> None:
+def failing(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_linked_folder_takes_no_room_and_outlives_the_first(sealed, tmp_path):
     manifest = verify_folder(sealed)
     link_folder(sealed, tmp_path / "second")
     assert (tmp_path / "second" / "weights").samefile(sealed / "weights")
@@ -28,9 +36,7 @@ def test_a_linked_folder_takes_no_room_and_outlives_the_first(sealed: Path, tmp_
     assert verify_folder(tmp_path / "second") == manifest
 
 
-def test_what_is_packed_into_a_folder_is_sealed_with_it_and_comes_out_as_it_was(
-    sealed: Path, tmp_path: Path
-) -> None:
+def test_what_is_packed_into_a_folder_is_sealed_with_it_and_comes_out_as_it_was(sealed, tmp_path):
     around = tmp_path / ".around"
     around.mkdir()
     pack_folder(sealed, around / "kept")
@@ -42,26 +48,16 @@ def test_what_is_packed_into_a_folder_is_sealed_with_it_and_comes_out_as_it_was(
     assert verify_folder(tmp_path / "around") == outer
 
 
-def test_a_file_system_without_second_names_gets_copies(
-    sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
+def test_a_file_system_without_hard_links_gets_copies(sealed, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
     link_folder(sealed, tmp_path / "second")
     assert verify_folder(tmp_path / "second") == verify_folder(sealed)
     assert not (tmp_path / "second" / "weights").samefile(sealed / "weights")
 
 
-def test_a_full_disk_is_called_by_its_name(
-    sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr("luthier.training.output.hardlink.shutil.copyfile", refuse)
+def test_a_full_disk_is_called_by_its_name(sealed, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", failing(errno.ENOSPC))
+    monkeypatch.setattr("luthier.training.output.hardlink.shutil.copyfile", failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space left") as raised:
         link_folder(sealed, tmp_path / "second")
     assert raised.value.errno == errno.ENOSPC
