@@ -93,7 +93,7 @@ def test_an_artifact_of_another_shape_is_refused_and_leaves_the_base_as_it_was(t
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_tensors_that_do_not_fit_are_refused_and_leave_the_base_as_it_was(tmp_path: Path, name: str) -> None:
+def test_tensors_that_do_not_fit_are_refused_and_leave_the_base_as_it_was(tmp_path, name):
     base, folder = build_shape(tmp_path / "base", "llama"), tmp_path / "artifact"
     make_artifact(base, folder, name, "llama")
     runner = ReferenceRunner(load_plain(base), num_blocks=4, max_sequences=2)

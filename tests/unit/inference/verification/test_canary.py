@@ -71,7 +71,7 @@ def test_an_adapter_that_changes_nothing_is_found_beside_its_base(base_folder, m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", ["add_low_rank", "add_stretches"])
+@pytest.mark.parametrize("way", ["add_low_rank", "add_low_rank_to_chunks"])
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 3, len(IDS)])
 def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
     base_folder, make, dtype, way, num_tokens, monkeypatch
@@ -87,7 +87,7 @@ def test_an_adapter_that_one_of_the_ways_leaves_out_is_not_served(
     # Programs that were written down would run what is left out.
     monkeypatch.setattr(packed.runner.model, "_programs", None)
     monkeypatch.setattr(packed.runner.model.ops, way, lambda *_: None)
-    if num_tokens == 1 and way == "add_stretches":
+    if num_tokens == 1 and way == "add_low_rank_to_chunks":
         # All that there is are rows.
         verify_adapter(packed, adapter, PROBE_IDS, canary)
         return
