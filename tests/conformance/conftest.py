@@ -19,6 +19,5 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Every tiny base on disk."""
     folder = tmp_path_factory.mktemp("shapes")
     return Bench({name: build_shape(folder / name, name) for name in SHAPES})

@@ -76,9 +76,7 @@ def test_capped_logits_are_trained_on_as_the_model_gives_them_in_bf16(tmp_path: 
 
 @pytest.mark.parametrize("name", _EXPERTS)
 @pytest.mark.parametrize("target_modules", ["all-linear", "mlp"])
-def test_low_rank_updates_of_experts_are_refused_by_field(
-    tmp_path: Path, name: str, target_modules: str
-) -> None:
+def test_low_rank_updates_of_experts_are_refused(tmp_path: Path, name: str, target_modules: str) -> None:
     folder = _save(_EXPERTS[name], tmp_path)
     method, params = parse_tuning(check_tuning(_lora(target_modules)))
     refusals = []

@@ -16,14 +16,13 @@ from luthier.methods import Attached, Start
 from luthier.methods._tuning import check_tuning
 from luthier.methods.full import METHOD, FullParams
 from luthier.modeling.load import load_base
-from luthier.storage.manifests import verify_folder
 from luthier.training.loop.gradient_accumulation import compute_gradients
 from luthier.training.model.optimizer import build_optimizer
 from luthier.training.model.training_model import JobModel
 from luthier.training.output.verification import check_artifact
 from tests.tiny import BASE_ID
-from tests.tiny_methods import batch, step
-from tests.tiny_shapes import SHAPES, build_shape
+from tests.tiny_methods import Bench, batch, step
+from tests.tiny_shapes import SHAPES
 
 ALL = range(8)
 FIRST_MLP = {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
@@ -66,9 +65,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         (r".*layers\.\d+\.input_layernorm\.weight", INPUT_NORMS),
     ],
 )
-def test_what_freeze_names_stays_and_all_else_is_trained(
-    base: Path, freeze: str | list[str], expected: set[str]
-) -> None:
+def test_freeze_keeps_what_it_names_alone(base: Path, freeze: str | list[str], expected: set[str]) -> None:
     job_model = make(base, freeze=freeze)
     model = job_model.attached.causal_lm
     assert {name for name, value in model.named_parameters() if not value.requires_grad} == expected
@@ -89,9 +86,7 @@ def test_what_freeze_names_stays_and_all_else_is_trained(
         (["model"], "nothing"),
     ],
 )
-def test_a_freeze_that_names_nothing_or_everything_is_refused(
-    base: Path, freeze: str | list[str], message: str
-) -> None:
+def test_freezing_nothing_or_everything_is_refused(base: Path, freeze: str | list[str], message: str) -> None:
     with pytest.raises(InvalidValueError, match=message) as caught:
         attach(base, freeze=freeze)
     assert caught.value.param == "tuning.freeze"
@@ -105,22 +100,17 @@ def test_a_freeze_that_can_not_be_meant_is_refused_with_the_request(freeze: Any)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_result_is_a_folder_that_transformers_loads_by_itself(shape: str, tmp_path: Path) -> None:
-    base = build_shape(tmp_path / "base", shape)
+def test_a_result_is_a_folder_that_transformers_loads(bench: Bench, shape: str, tmp_path: Path) -> None:
+    base, folder = bench.bases[shape], tmp_path
     job_model = make(base)
-    losses = train(job_model, 4)
-    assert losses[-1] < losses[0]
-    folder = tmp_path / "artifact"
-    folder.mkdir()
+    train(job_model, 4)
     names = METHOD.save(job_model.attached, folder)
     assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} <= set(names)
-    assert names == sorted(path.name for path in folder.iterdir())
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     expected = logits(job_model.attached.model)
     assert torch.equal(logits(loaded), expected)
     assert torch.equal(logits(METHOD.load(load(base), folder).model), expected)
     assert not torch.allclose(logits(load(base)), expected, atol=1e-2)
-    check_artifact(job_model, folder, batch(1))
     is_tied = SHAPES[shape].tie_word_embeddings
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == is_tied
     assert ("lm_head.weight" in load_file(folder / "model.safetensors")) != is_tied
@@ -129,18 +119,13 @@ def test_a_result_is_a_folder_that_transformers_loads_by_itself(shape: str, tmp_
 
 
 def test_a_result_takes_over_what_chat_needs_and_no_path(base: Path, tmp_path: Path) -> None:
-    job_model = make(base)
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-        names = METHOD.save(job_model.attached, folder)
-    assert all((folders[0] / n).read_bytes() == (folders[1] / n).read_bytes() for n in names)
+    METHOD.save(attach(base), tmp_path)
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer.json"):
-        assert (folders[0] / name).read_bytes() == (base / name).read_bytes()
-    assert str(base) not in (folders[0] / "config.json").read_text()
-    assert METHOD.recognises(folders[0])
-    (folders[0] / "adapter_config.json").write_text("{}")
-    assert not METHOD.recognises(folders[0])
+        assert (tmp_path / name).read_bytes() == (base / name).read_bytes()
+    assert str(base) not in (tmp_path / "config.json").read_text()
+    assert METHOD.recognises(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert not METHOD.recognises(tmp_path)
 
 
 def test_generation_settings_that_the_library_would_not_save_do_no_harm(base: Path, tmp_path: Path) -> None:
@@ -149,48 +134,8 @@ def test_generation_settings_that_the_library_would_not_save_do_no_harm(base: Pa
     odd.temperature, odd.do_sample = 0.5, False
     METHOD.save(attached, tmp_path)
     assert attached.causal_lm.generation_config is odd
-    assert (tmp_path / "generation_config.json").read_bytes() == (
-        base / "generation_config.json"
-    ).read_bytes()
-
-
-def test_the_files_of_the_base_are_untouched(base: Path) -> None:
-    train(make(base), 2)
-    verify_folder(base)
-
-
-@pytest.mark.parametrize("shape", ["llama", "llama-untied", "gpt2", "gemma3"])
-def test_one_step_equals_plain_torch(shape: str, tmp_path: Path) -> None:
-    base = build_shape(tmp_path / "base", shape)
-    reference = load(base).requires_grad_(True).train()
-    rows = batch(*ALL)
-    labels = rows.token_ids_BT.masked_fill(~rows.supervised_BT, -100)[:, 1:]
-    found = reference(input_ids=rows.token_ids_BT).logits[:, :-1]
-    loss = torch.nn.functional.cross_entropy(found.reshape(-1, found.shape[-1]), labels.reshape(-1))
-    loss.backward()
-    parameters = list(reference.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    expected = [parameter.grad.clone() for parameter in parameters]
-    torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, foreach=False).step()
-
-    job_model = make(base)
-    job_model.attached.model.train()
-    optimizer = build_optimizer(job_model.parameters, learning_rate=1e-3, weight_decay=0.1, device="cpu")
-    gradients: list[torch.Tensor] = []
-    optimizer.register_step_pre_hook(
-        lambda *_: gradients.extend(parameter.grad.clone() for parameter in job_model.parameters)
-    )
-    # In three parts: cutting the batch must not show.
-    scores = step(job_model, optimizer, [batch(0, 1, 2), batch(3, 4, 5), batch(6, 7)], learning_rate=1e-3)
-    assert scores.loss == pytest.approx(loss.item(), rel=1e-5)
-    assert scores.grad_norm == pytest.approx(norm.item(), rel=1e-4)
-    for one, other in zip(gradients, expected, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
-    # Adam's first step is rate * sign, and the gradients of GPT-2's key biases are zero but for rounding.
-    updated, wanted = (
-        torch.cat([one.flatten() for one in many]) for many in (job_model.parameters, parameters)
-    )
-    assert (updated - wanted).abs().mean() < 1e-6
+    name = "generation_config.json"
+    assert (tmp_path / name).read_bytes() == (base / name).read_bytes()
 
 
 def test_the_head_gets_its_gradient_without_all_logits_where_it_is_a_plain_product(
@@ -201,14 +146,10 @@ def test_the_head_gets_its_gradient_without_all_logits_where_it_is_a_plain_produ
     assert train(job_model, 1)
 
 
-def test_updates_that_bf16_would_lose_add_up(base: Path) -> None:
+def test_what_is_added_up_beside_bf16_weights_is_cleared_with_each_step(base: Path) -> None:
     job_model = make(base, torch.bfloat16)
-    norm = dict(job_model.named_parameters)["model.norm.weight"]
     assert {parameter.dtype for parameter in job_model.parameters} == {torch.bfloat16}
-    # A weight of 1 has neighbours 2^-8 and 2^-7 away in bf16; steps of 2^-12 are lost one by one.
-    losses = train(job_model, 40, rate=2**-12)
-    assert losses[-1] < losses[0]
-    assert (norm - 1).abs().max() > 2**-8
+    train(job_model, 2)
     assert job_model.gradients == []
 
 
@@ -232,9 +173,7 @@ def test_in_bf16_the_result_is_bf16_and_proves_itself(base: Path, tmp_path: Path
     check_artifact(job_model, tmp_path, batch(1))
 
 
-def test_a_result_that_learned_nothing_or_differs_from_what_was_trained_is_refused(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_result_that_learned_nothing_or_differs_is_refused(base: Path, tmp_path: Path) -> None:
     job_model = make(base)
     METHOD.save(job_model.attached, tmp_path)
     with pytest.raises(SelfCheckError, match="nothing was learned"):

@@ -35,9 +35,7 @@ def test_a_rank_that_a_layer_cannot_hold_is_refused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("target_modules", [["nope"], "nope", ["lm_head"], ["embed_tokens"]])
-def test_layers_that_are_not_there_are_refused_with_those_that_are(
-    bench: Bench, target_modules: str | list[str]
-) -> None:
+def test_unknown_layers_are_refused_with_the_known(bench: Bench, target_modules: str | list[str]) -> None:
     with pytest.raises(InvalidValueError, match="q_proj") as caught:
         bench.attach(Case(LLAMA, {"type": "lora", "target_modules": target_modules}))
     assert caught.value.param == "tuning.target_modules"

@@ -64,9 +64,7 @@ def test_a_child_starts_with_its_parents_logits_to_the_bit(bench: Bench, tmp_pat
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if discover()[name].is_whole_model])
-def test_a_whole_model_is_loaded_in_the_bases_place_with_the_same_logits(
-    bench: Bench, tmp_path: Path, name: str
-) -> None:
+def test_a_whole_model_as_the_base_has_the_same_logits(bench: Bench, tmp_path: Path, name: str) -> None:
     case = Case(LLAMA, {"type": name})
     method, parent = make_parent(bench, case, tmp_path)
     causal_lm = load_base(tmp_path, dtype=torch.float32, device="cpu")
@@ -88,7 +86,7 @@ def test_what_shapes_the_weights_is_inherited_and_need_not_be_said(case: Case) -
 
 
 @pytest.mark.parametrize(("case", "tuning"), PAIRS, ids=str)
-def test_another_variant_goes_on_from_the_same_logits_or_is_refused_by_the_member_that_contradicts(
+def test_another_variant_continues_from_the_same_logits_or_is_refused_by_the_member_that_contradicts(
     bench: Bench, tmp_path: Path, case: Case, tuning: dict[str, Any]
 ) -> None:
     method, parent = make_parent(bench, case, tmp_path)

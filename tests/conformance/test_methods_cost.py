@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.core.shapes import BaseShape, Weight, read_shape
@@ -54,26 +55,16 @@ def _smollm2_shape() -> BaseShape:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_parameters_of_the_formula_are_trained(bench: Bench, case: Case) -> None:
+def test_the_parameters_of_the_formula_are_trained_and_as_many_numbers_as_it_says_are_saved(
+    bench: Bench, case: Case, tmp_path: Path
+) -> None:
     method, attached = bench.attach(case)
     _, params = case.settle()
     cost = method.cost(params, read_shape(bench.bases[case.shape]))
     assert attached.num_trained_parameters == cost.num_parameters > 0
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_saved_numbers_are_as_many_as_are_said(bench: Bench, case: Case, tmp_path: Path) -> None:
-    method, attached = bench.attach(case)
-    _, params = case.settle()
-    cost = method.cost(params, read_shape(bench.bases[case.shape]))
     method.save(attached, tmp_path)
-    assert read_weights(tmp_path) == cost.num_saved
-
-
-def read_weights(folder: Path) -> int:
-    from safetensors.torch import load_file
-
-    return sum(one.numel() for path in folder.glob("*.safetensors") for one in load_file(path).values())
+    saved = [one for path in tmp_path.glob("*.safetensors") for one in load_file(path).values()]
+    assert sum(one.numel() for one in saved) == cost.num_saved
 
 
 def test_every_method_has_its_figure() -> None:

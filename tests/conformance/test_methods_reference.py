@@ -145,7 +145,6 @@ def test_one_step_equals_the_plain_one(bench: Bench, tmp_path: Path, case: Case)
     num_compared = 0
     for name, value in found.items():
         gradient = expected[name].grad
-        assert gradient is not None
         # Adam's first step is rate * sign: a gradient near its rounding may step either way.
         is_sure = gradient.abs() > 1e-5
         assert (value.detach() - expected[name].detach())[is_sure].abs().sum() < 1e-6 * is_sure.numel(), name

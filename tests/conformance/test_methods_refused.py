@@ -62,12 +62,9 @@ def test_an_unknown_parameter_is_refused_by_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "field", "value"), BROKEN)
-def test_a_value_that_the_schema_rules_out_is_refused_by_the_fields_name(
-    name: str, field: str, value: Any
-) -> None:
+def test_a_value_that_the_schema_rules_out_is_refused_by_field(name: str, field: str, value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         check_tuning({"type": name, field: value})
-    assert caught.value.param is not None
     assert caught.value.param.split("[")[0].startswith(f"tuning.{field}")
     assert caught.value.code in {"invalid_value", "invalid_type", "unsupported_value"}
 

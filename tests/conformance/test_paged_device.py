@@ -17,8 +17,7 @@ _CASES = list(itertools.product((LORA, ALL_KINDS), (5, 16), (2, 4)))
 def steps() -> list[Steps]:
     """Kernels and blocking reads of each case, by a process that has the device."""
     command = [sys.executable, "-m", "tests.pretend_steps", json.dumps(_CASES)]
-    found: list[Steps] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return found
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
 @pytest.mark.parametrize(("kinds", "most"), [(LORA, 80), (ALL_KINDS, 130)])

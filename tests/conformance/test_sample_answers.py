@@ -15,7 +15,7 @@ PROMPTS = [[1, 40, 41, 50, 60, 45], [1, 7, 9], [1, 30, *range(60, 100, 3)]]
 
 @torch.no_grad()
 def read_again(method: Method, attached: Attached, prompt: list[int], length: int) -> list[int]:
-    """Go on from a prompt by the method's plain path, the whole sequence for every token."""
+    """Continue a prompt by the method's plain path, the whole sequence for every token."""
     generated: list[int] = []
     while len(generated) < length:
         logits_BTV = method.logits(attached, torch.tensor([[*prompt, *generated]]))
@@ -27,7 +27,7 @@ def read_again(method: Method, attached: Attached, prompt: list[int], length: in
 def answers_of(
     method: Method, attached: Attached, *, stops: frozenset[int] = frozenset(), num_calls: int = 1000
 ) -> list[list[int]]:
-    """Go on from the prompts as sample answers do; TERM comes after some tokens."""
+    """Continue the prompts as sample answers do; TERM comes after some tokens."""
     calls = iter(range(num_calls))
     return generate(
         method,
@@ -61,7 +61,9 @@ def num_virtual_tokens(method: Method, attached: Attached) -> int:
 
 
 @pytest.mark.parametrize("case", [case for case in DEFAULTS if case.shape == LLAMA], ids=str)
-def test_an_answer_ends_before_a_token_that_stops_it_and_the_others_go_on(case: Case, bench: Bench) -> None:
+def test_an_answer_ends_before_a_token_that_stops_it_and_the_others_continue(
+    case: Case, bench: Bench
+) -> None:
     method, attached = bench.attach(case)
     whole = answers_of(method, attached)
     stop = whole[0][10]

@@ -1,5 +1,6 @@
 """What prefix and prompt tuning promise beyond what every method does: what they start as, and their room."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, MambaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, MambaConfig, PreTrainedConfig
 
 from luthier.core.errors import InvalidValueError
 from luthier.methods import Start, discover
@@ -18,6 +19,7 @@ from tests.tiny_shapes import NUM_POSITIONS, SHAPES
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "the sky is blue"
 NUM_TOKENS = 9
+NAMES = ["prefix", "prompt"]
 
 
 def virtual(bench: Bench, shape: str = LLAMA, **tuning: Any) -> tuple[Any, torch.Tensor]:
@@ -27,14 +29,12 @@ def virtual(bench: Bench, shape: str = LLAMA, **tuning: Any) -> tuple[Any, torch
     return attached, attached.model.get_prompt_embedding_to_save("default")
 
 
-def keys_and_values(
-    bench: Bench, shape: str, token_ids: list[int]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Run the base over tokens and return its cache, layer by layer."""
+def keys_and_values(bench: Bench, shape: str, token_ids: list[int]) -> list[torch.Tensor]:
+    """Run the base over tokens and return its cache: the keys, then the values of each layer."""
     cache = DynamicCache()
     with torch.no_grad():
         bench.load(shape)(input_ids=torch.tensor([token_ids]), past_key_values=cache, use_cache=True)
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    return [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]
 
 
 def text_ids(bench: Bench, shape: str = LLAMA) -> list[int]:
@@ -48,11 +48,9 @@ def test_a_prefix_starts_as_the_keys_and_values_of_the_first_rows(bench: Bench, 
     attached, _ = virtual(bench, shape, type="prefix")
     first_rows = [token for row in rows_of(ROWS) for token in row][:NUM_TOKENS]
     found = discover()["prefix"].virtual_key_values(attached)
-    assert found is not None
     expected = keys_and_values(bench, shape, first_rows)
-    for (key, value), (expected_key, expected_value) in zip(found, expected, strict=True):
-        assert torch.equal(key, expected_key)
-        assert torch.equal(value, expected_value)
+    for part, expected_part in zip(itertools.chain(*found), expected, strict=True):
+        assert torch.equal(part, expected_part)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,7 +58,7 @@ def test_a_row_after_its_own_beginning_reads_as_if_it_were_whole(bench: Bench, s
     """The positions are right: prefix of the first nine tokens, then the rest, is the whole row."""
     row = rows_of(ROWS)[0]
     tokens = torch.tensor([row])
-    for name in ("prefix", "prompt"):
+    for name in NAMES:
         case = Case(shape, {"type": name, "num_virtual_tokens": NUM_TOKENS, "init": "text", "init_text": "x"})
         method, params = case.settle()
         start = Start(0, case.base_id, tokenize=lambda text: row)
@@ -73,7 +71,7 @@ def test_a_row_after_its_own_beginning_reads_as_if_it_were_whole(bench: Bench, s
 @pytest.mark.parametrize("projection", [False, True])
 def test_a_prefix_starts_as_its_text_with_a_projection_too(bench: Bench, projection: bool) -> None:
     _, found = virtual(bench, type="prefix", init="text", init_text=TEXT, projection=projection)
-    expected = [part for pair in keys_and_values(bench, LLAMA, text_ids(bench)) for part in pair]
+    expected = keys_and_values(bench, LLAMA, text_ids(bench))
     for number, part in enumerate(found.unflatten(1, (len(expected), -1)).unbind(1)):
         assert torch.equal(part, expected[number].transpose(0, 1).flatten(1))
 
@@ -124,7 +122,7 @@ def test_a_projection_is_dropped_on_saving(bench: Bench, tmp_path: Path) -> None
     assert not hasattr(again.model.prompt_encoder["default"], "transform")
 
 
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_what_paths_of_their_own_need_is_differentiable(bench: Bench, name: str) -> None:
     method, attached = bench.attach(Case(LLAMA, {"type": name}))
     embeddings, pairs = method.virtual_embeddings(attached), method.virtual_key_values(attached)
@@ -136,7 +134,7 @@ def test_what_paths_of_their_own_need_is_differentiable(bench: Bench, name: str)
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_virtual_tokens_must_leave_room_for_a_real_one(bench: Bench, shape: str, name: str) -> None:
     bench.attach(Case(shape, {"type": name, "num_virtual_tokens": NUM_POSITIONS - 1}))
     with pytest.raises(InvalidValueError, match=str(NUM_POSITIONS)) as caught:
@@ -150,10 +148,8 @@ def test_virtual_tokens_must_leave_room_for_a_real_one(bench: Bench, shape: str,
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
-def test_rows_that_virtual_tokens_push_out_of_the_context_stop_with_a_reason(
-    bench: Bench, shape: str, name: str
-) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_pushed_out_of_the_context_stop_with_a_reason(bench: Bench, shape: str, name: str) -> None:
     method, attached = bench.attach(Case(shape, {"type": name, "num_virtual_tokens": NUM_TOKENS}))
     fits = torch.full((1, NUM_POSITIONS - NUM_TOKENS), 5)
     too_long = torch.full((1, NUM_POSITIONS - NUM_TOKENS + 1), 5)
@@ -164,24 +160,20 @@ def test_rows_that_virtual_tokens_push_out_of_the_context_stop_with_a_reason(
         assert caught.value.param == "tuning.num_virtual_tokens"
 
 
-def test_examples_need_rows(bench: Bench) -> None:
-    case = Case(LLAMA, {"type": "prefix"})
-    method, params = case.settle()
+EXAMPLES, TEXTS = {"type": "prefix"}, [{"type": name, "init": "text", "init_text": TEXT} for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    ("tuning", "param"), [(EXAMPLES, "tuning.init"), *((text, "tuning.init_text") for text in TEXTS)]
+)
+def test_a_start_without_rows_or_tokens_is_refused(bench: Bench, tuning: dict[str, Any], param: str) -> None:
+    method, params = Case(LLAMA, tuning).settle()
     with pytest.raises(InvalidValueError) as caught:
-        method.attach(bench.load(LLAMA), params, Start(1, case.base_id, tokenize=lambda text: [3]))
-    assert caught.value.param == "tuning.init"
+        method.attach(bench.load(LLAMA), params, Start(1, "tiny-llama", tokenize=lambda text: []))
+    assert caught.value.param == param
 
 
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
-def test_a_text_without_tokens_is_refused(bench: Bench, name: str) -> None:
-    case = Case(LLAMA, {"type": name, "init": "text", "init_text": TEXT})
-    method, params = case.settle()
-    with pytest.raises(InvalidValueError) as caught:
-        method.attach(bench.load(LLAMA), params, Start(1, case.base_id, tokenize=lambda text: []))
-    assert caught.value.param == "tuning.init_text"
-
-
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_bf16_base_learns_in_float32(bench: Bench, name: str) -> None:
     case = Case(LLAMA, {"type": name})
     job_model = bench.job_model(case, dtype=torch.bfloat16)
@@ -190,43 +182,47 @@ def test_a_bf16_base_learns_in_float32(bench: Bench, name: str) -> None:
     assert job_model.logits(batch(0)).dtype == torch.bfloat16
 
 
-def test_a_base_whose_layers_keep_other_shapes_gets_no_prefix(bench: Bench) -> None:
-    """Keys wider than values: multi-head latent attention."""
-    config = DeepseekV3Config(
-        vocab_size=300,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        q_lora_rank=16,
-        kv_lora_rank=8,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=12,
-        first_k_dense_replace=2,
-        n_routed_experts=4,
-        n_group=1,
-        topk_group=1,
-    )
-    case = Case(LLAMA, {"type": "prefix"})
-    method, params = case.settle()
-    with pytest.raises(InvalidValueError, match="shape") as caught:
-        method.attach(AutoModelForCausalLM.from_config(config).eval(), params, bench.start(case))
-    assert caught.value.param == "tuning.type"
+# Keys wider than values: multi-head latent attention.
+_LATENT = DeepseekV3Config(
+    vocab_size=300,
+    hidden_size=48,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    q_lora_rank=16,
+    kv_lora_rank=8,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=12,
+    first_k_dense_replace=2,
+    n_routed_experts=4,
+    n_group=1,
+    topk_group=1,
+)
+_RECURRENT = MambaConfig(vocab_size=300, hidden_size=48, num_hidden_layers=2, state_size=8)
 
 
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
-def test_a_base_with_recurrent_layers_is_refused(bench: Bench, name: str) -> None:
-    config = MambaConfig(vocab_size=300, hidden_size=48, num_hidden_layers=2, state_size=8)
+@pytest.mark.parametrize(
+    ("config", "name", "reason"),
+    [
+        (_LATENT, "prefix", "shape"),
+        (_RECURRENT, "prefix", "recurrent"),
+        (_RECURRENT, "prompt", "recurrent"),
+    ],
+    ids=["latent attention", "recurrent, prefix", "recurrent, prompt"],
+)
+def test_a_base_whose_layers_keep_something_else_is_refused(
+    bench: Bench, config: PreTrainedConfig, name: str, reason: str
+) -> None:
     case = Case(LLAMA, {"type": name})
     method, params = case.settle()
-    with pytest.raises(InvalidValueError, match="recurrent") as caught:
+    with pytest.raises(InvalidValueError, match=reason) as caught:
         method.attach(AutoModelForCausalLM.from_config(config).eval(), params, bench.start(case))
     assert caught.value.param == "tuning.type"
 
 
-@pytest.mark.parametrize("name", ["prefix", "prompt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_answer_of_the_card_is_the_trained_models(bench: Bench, tmp_path: Path, name: str) -> None:
     job_model = bench.trained(Case(LLAMA, {"type": name}), 2)
     job_model.method.save(job_model.attached, tmp_path)
@@ -248,4 +244,4 @@ def test_the_answer_of_the_card_is_the_trained_models(bench: Bench, tmp_path: Pa
 
 def test_the_cards_and_the_document_hold_one_answer() -> None:
     assert ANSWER in (ROOT / "docs" / "methods.md").read_text()
-    assert all(ANSWER in discover()[name].loading for name in ("prefix", "prompt"))
+    assert all(ANSWER in discover()[name].loading for name in NAMES)

@@ -27,7 +27,6 @@ RUNNERS: dict[str, Callable[[object], ModelRunner]] = {
 
 @pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> AdapterSource:
-    """A LoRA adapter of random numbers."""
     folder = tmp_path_factory.mktemp("adapter")
     tuning = {"type": "lora", "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}
     method, params = parse_tuning(tuning)
@@ -93,9 +92,7 @@ def by_transformers(base: Path, prompt: list[int], source: AdapterSource | None 
 
 
 @pytest.mark.parametrize("name", RUNNERS)
-def test_sequences_of_unlike_length_answer_together_as_each_does_alone(
-    device: str, name: str, base: Path
-) -> None:
+def test_sequences_answer_together_as_each_does_alone(device: str, name: str, base: Path) -> None:
     runner = RUNNERS[name](load_base(base, dtype=torch.float32, device=device))
     prompts = [list(prompt) for prompt in _PROMPTS]
     found = stream(runner, prompts, [None] * len(prompts))

@@ -21,7 +21,6 @@ _SAME_LOSS = {"rel": 2e-3, "abs": 1e-4}
 
 
 def make_run(folder: Path, base: Path, device: str, **options: Any) -> Path:
-    """Write a run directory for a device."""
     build_tiny_run(folder, base, **options)
     path = folder / "inputs.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device": device}))
@@ -49,9 +48,7 @@ def test_a_job_has_the_losses_of_the_cpu_and_its_artifact_is_verified(
     assert len(expected) >= 3
 
 
-def test_a_killed_job_continues_from_its_save_point_with_the_same_losses(
-    device: str, base: Path, tmp_path: Path
-) -> None:
+def test_a_killed_job_continues_with_the_same_losses(device: str, base: Path, tmp_path: Path) -> None:
     options = {"training": {"save_every_steps": 2}, "hyperparameters": {"n_epochs": 2}}
     whole = losses(run_here(make_run(tmp_path / "whole", base, device, **options)))
     folder = make_run(tmp_path / "killed", base, device, **options)
@@ -87,7 +84,6 @@ def test_the_measured_speed_names_the_device_and_is_finite(device: str) -> None:
 @pytest.mark.gpu
 def test_the_device_has_the_name_and_memory_that_its_driver_reports() -> None:
     device = find_device(Settings(_env_file=None, device="cuda", memory_reserve_bytes=1))
-    assert device is not None
     total = torch.cuda.get_device_properties(0).total_memory
     assert device.name.startswith("GPU-")
     assert device.total_bytes == pytest.approx(total, rel=0.05)
