@@ -19,8 +19,10 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.engine.engine import Engine
 from luthier.inference.engine.step import BatchExecutor
 from luthier.inference.server.app import Service
+from luthier.storage.manifests import read_manifest
+from luthier.storage.store import Storage
 from tests.tiny import BASE_ID
-from tests.waiting import wait_until  # noqa: F401
+from tests.unit.inference.artifacts import greedy
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -57,6 +59,9 @@ class StepGate:
 class Served:
     """A running server and what the tests look at behind it."""
 
+    # With bases, objects and cache; and the tiny base in it.
+    folder: Path
+    base_folder: Path
     client: httpx2.Client
     url: str
     service: Service
@@ -68,8 +73,7 @@ class Served:
         return self.client.post(path, json={"model": "m"} | body, headers=target.to_headers())
 
     def chat(self, text: str, target: ModelTarget = BARE, **body: Any) -> dict[str, Any]:
-        messages = [{"role": "user", "content": text}]
-        response = self.post(CHAT, target, messages=messages, **({"temperature": 0} | body))
+        response = self.post(CHAT, target, messages=user(text), **({"temperature": 0} | body))
         assert response.status_code == 200, response.text
         content: dict[str, Any] = response.json()
         return content
@@ -103,3 +107,28 @@ def prompt_ids(base_folder: Path, text: str) -> list[int]:
         [{"role": "user", "content": text}], add_generation_prompt=True
     )
     return Tokenizer.load(base_folder).encode(rendered)
+
+
+def publish(folder: Path, made: Path, name: str, **changes: Any) -> ModelTarget:
+    """Put a sealed artifact into the server's storage; return the model that it makes."""
+    prefix = f"projects/p/{name}"
+    Storage.open(f"file://{folder}/objects").put_folder(made, prefix)
+    update = {"model": name, "artifact": prefix, "digest": read_manifest(made).digest}
+    return BARE.model_copy(update=update | changes)
+
+
+def user(text: str) -> list[dict[str, str]]:
+    """Return the messages of a chat of one turn."""
+    return [{"role": "user", "content": text}]
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """Return the text of a chat's first answer."""
+    return answer["choices"][0]["message"]["content"]
+
+
+def expected_text(base_folder: Path, model: Any, text: str, num_tokens: int) -> tuple[str, int]:
+    """Return what `generate` answers to a chat, without its end, and how many tokens that took."""
+    tokenizer = Tokenizer.load(base_folder)
+    ids = greedy(model, prompt_ids(base_folder, text), num_tokens)
+    return tokenizer.decode([token for token in ids if token not in tokenizer.stop_token_ids]), len(ids)

@@ -6,19 +6,12 @@ Environment: OPENAI_BASE_URL, OPENAI_API_KEY.
 import asyncio
 import json
 from importlib.metadata import version
-from typing import Literal
 
 import openai
+from asked import Colour
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel
-
-
-class Colour(BaseModel):
-    """What an answer's JSON is read as."""
-
-    colour: Literal["red", "blue"]
 
 
 @tool
@@ -42,7 +35,6 @@ def called(chat: ChatOpenAI) -> list[str]:
 
 
 def main() -> None:
-    """Ask in every form, and for a model that is not there."""
     # Before another base than OpenAI's it does not ask for the usage of streams by itself.
     chat = ChatOpenAI(model="tiny-llama", temperature=0, max_tokens=12, max_retries=0, stream_usage=True)
     whole = chat.invoke("the sky")

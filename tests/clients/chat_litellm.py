@@ -2,40 +2,23 @@
 
 import json
 import os
-from typing import Literal
 
 import litellm
-from pydantic import BaseModel
+from asked import ASKED, CALLING, Colour
 
 TO = {"api_base": os.environ["OPENAI_BASE_URL"], "api_key": os.environ["OPENAI_API_KEY"], "num_retries": 0}
-ASKED = {
-    "model": "openai/tiny-llama",
-    "messages": [{"role": "user", "content": "the sky"}],
-    "temperature": 0,
-    "max_tokens": 12,
-}
-TOOL = {
-    "type": "function",
-    "function": {"name": "go", "parameters": {"type": "object", "additionalProperties": False}},
-}
-CALLING = ASKED | {"model": "openai/tiny-tools", "max_tokens": 80, "tools": [TOOL], "tool_choice": "required"}
-
-
-class Colour(BaseModel):
-    """What an answer's JSON is read as."""
-
-    colour: Literal["red", "blue"]
+CHAT = ASKED | {"model": "openai/tiny-llama"}
+CALL = CALLING | {"model": "openai/tiny-tools"}
 
 
 def main() -> None:
-    """Ask in every form, and for a model that is not there."""
-    whole = litellm.completion(**ASKED, **TO)
+    whole = litellm.completion(**CHAT, **TO)
     text = whole.choices[0].message.content
-    chunks = list(litellm.completion(**ASKED, **TO, stream=True, stream_options={"include_usage": True}))
-    rated = litellm.completion(**ASKED, **TO, logprobs=True, top_logprobs=3).choices[0].logprobs["content"]
-    parsed = litellm.completion(**ASKED | {"max_tokens": 60}, **TO, response_format=Colour)
-    [call] = litellm.completion(**CALLING, **TO).choices[0].message.tool_calls
-    built = litellm.stream_chunk_builder(list(litellm.completion(**CALLING, **TO, stream=True)))
+    chunks = list(litellm.completion(**CHAT, **TO, stream=True, stream_options={"include_usage": True}))
+    rated = litellm.completion(**CHAT, **TO, logprobs=True, top_logprobs=3).choices[0].logprobs["content"]
+    parsed = litellm.completion(**CHAT | {"max_tokens": 60}, **TO, response_format=Colour)
+    [call] = litellm.completion(**CALL, **TO).choices[0].message.tool_calls
+    built = litellm.stream_chunk_builder(list(litellm.completion(**CALL, **TO, stream=True)))
     prompts = {"model": "text-completion-openai/tiny-llama", "prompt": ["the sky", "a"], "temperature": 0}
     texts = litellm.text_completion(**prompts, max_tokens=5, logprobs=2, **TO)
     responded = litellm.responses(
@@ -48,7 +31,7 @@ def main() -> None:
         "usage": [whole.usage.prompt_tokens, whole.usage.completion_tokens, whole.usage.total_tokens],
         "streamed": "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices),
         "streamed_usage": chunks[-1].usage.total_tokens,
-        "stopped": litellm.completion(**ASKED, **TO, stop=[text[5:8]]).choices[0].message.content,
+        "stopped": litellm.completion(**CHAT, **TO, stop=[text[5:8]]).choices[0].message.content,
         "bytes": [byte for item in rated for byte in item["bytes"]],
         "num_top": [len(item["top_logprobs"]) for item in rated],
         "parsed": Colour.model_validate_json(parsed.choices[0].message.content).colour,
@@ -62,7 +45,7 @@ def main() -> None:
         "responded": responded.output_text,
     }
     try:
-        litellm.completion(**ASKED | {"model": "openai/no-such-model"}, **TO)
+        litellm.completion(**CHAT | {"model": "openai/no-such-model"}, **TO)
     except litellm.NotFoundError as error:
         # It keeps the message of an error and drops its code.
         is_named = "`no-such-model` does not exist" in error.message

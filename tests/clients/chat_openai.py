@@ -6,32 +6,12 @@ Environment: OPENAI_BASE_URL, OPENAI_API_KEY.
 
 import asyncio
 import json
-from typing import Literal
 
 import openai
-from pydantic import BaseModel
-
-ASKED = {
-    "model": "tiny-llama",
-    "messages": [{"role": "user", "content": "the sky"}],
-    "temperature": 0,
-    "max_tokens": 12,
-}
-TOOL = {
-    "type": "function",
-    "function": {"name": "go", "parameters": {"type": "object", "additionalProperties": False}},
-}
-CALLING = ASKED | {"model": "tiny-tools", "max_tokens": 80, "tools": [TOOL], "tool_choice": "required"}
-
-
-class Colour(BaseModel):
-    """What an answer's JSON is read as."""
-
-    colour: Literal["red", "blue"]
+from asked import ASKED, CALLING, Colour
 
 
 def chats(client: openai.OpenAI) -> dict[str, object]:
-    """Ask the same in every form."""
     whole = client.chat.completions.create(**ASKED)
     text = whole.choices[0].message.content
     chunks = list(
@@ -90,7 +70,6 @@ async def later() -> str:
 
 
 def main() -> None:
-    """Ask in every form, and for a model that is not there."""
     client = openai.OpenAI(_strict_response_validation=True)
     reported = {"version": openai.__version__, "later": asyncio.run(later())} | chats(client) | texts(client)
     try:

@@ -19,17 +19,10 @@ from luthier.inference.models import artifact_cache
 from luthier.inference.server.__main__ import open_socket
 from luthier.inference.server.app import Service, build_app
 from luthier.serving import open_backend
-from luthier.storage.store import Storage
-from tests.conftest import Api, fresh_database, serve_api
+from tests.conftest import Api, fresh_database, serve_api, wait_until
 from tests.conftest import Server as Postgres
 from tests.conftest import make_settings as make_api_settings
-from tests.inference_server import (
-    BARE,
-    Served,
-    StepGate,
-    make_settings,
-    wait_until,
-)
+from tests.inference_server import BARE, Served, StepGate, make_settings, publish
 from tests.tiny import BASE_ID, build_tiny_base
 from tests.tools_base import TOOLS_BASE_ID, open_tools_client
 from tests.unit.inference.artifacts import build_artifact
@@ -49,17 +42,10 @@ def base_folder(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def artifacts(folder: Path, base_folder: Path) -> list[tuple[ModelTarget, Path]]:
-    storage = Storage.open(f"file://{folder}/objects")
-    made = []
-    for seed in range(3):
-        manifest = build_artifact(folder / f"artifact{seed}", base_folder, seed=seed)
-        prefix = f"projects/p/jobs/{seed}/e1/artifact"
-        storage.put_folder(folder / f"artifact{seed}", prefix)
-        target = BARE.model_copy(
-            update={"model": f"ft:tiny:{seed}", "artifact": prefix, "digest": manifest.digest}
-        )
-        made.append((target, folder / f"artifact{seed}"))
-    return made
+    made = [folder / f"artifact{seed}" for seed in range(3)]
+    for seed, path in enumerate(made):
+        build_artifact(path, base_folder, seed=seed)
+    return [(publish(folder, path, path.name, model=f"ft:tiny:{path.name}"), path) for path in made]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +69,7 @@ def served(folder: Path, base_folder: Path) -> Iterator[Served]:
     ):
         wait_until(lambda: server.started, "the server's start")
         wait_until(lambda: client.get("/healthz").json()["ready"], "the base's load")
-        yield Served(client, settings.inference_url, service, engine, steps, loop)
+        yield Served(folder, base_folder, client, settings.inference_url, service, engine, steps, loop)
     steps.gate.set()
     server.should_exit = True
     thread.join(10)
@@ -108,15 +94,20 @@ def sdk(served: Served, folder: Path) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
+def sdk_with_tools(sdk: openai.OpenAI, folder: Path) -> openai.OpenAI:
+    """The SDK before the tiny base's twin that has tools."""
+    return open_tools_client(sdk, folder / "bases")
+
+
+@pytest.fixture(scope="module")
 def chat_api(
     postgres: Postgres,
     served: Served,
-    sdk: openai.OpenAI,
+    sdk_with_tools: openai.OpenAI,
     folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Api]:
     """The API before the real inference server, with the tiny base and its twin that has tools."""
-    open_tools_client(sdk, folder / "bases")
     with fresh_database(postgres) as database:
         settings = make_api_settings(database, folder / "bases", tmp_path_factory.mktemp("chat"))
         models = settings.models_file.read_text()
@@ -124,8 +115,8 @@ def chat_api(
         settings.models_file.write_text(twin + models)
         backend = open_backend("engine", served.url, "")
         with serve_api(settings, database) as api:
-            api.backend.complete = backend.complete  # type: ignore[method-assign]
-            api.backend.aclose = backend.aclose  # type: ignore[method-assign]
+            api.backend.complete = backend.complete
+            api.backend.aclose = backend.aclose
             yield api
 
 

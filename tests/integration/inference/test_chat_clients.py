@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import torch
 
@@ -50,49 +49,44 @@ def run_client(api: Api, command: list[str | Path], folder: Path, **environment:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return told
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def ask(api: Api, path: str, **body: Any) -> dict[str, Any]:
-    body = {"model": "tiny-llama", "temperature": 0} | body
-    response = httpx2.post(f"{api.base_url}/v1{path}", headers=api.headers, json=body, timeout=60)
-    assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    return api.ok("POST", path, {"model": "tiny-llama", "temperature": 0} | body, timeout=60)
 
 
-def check_chats(api: Api, told: dict[str, Any]) -> None:
+def check_chats(api: Api, reported: dict[str, Any]) -> None:
     """Compare what a client saw with what plain HTTP says."""
     messages = [{"role": "user", "content": "the sky"}]
     answer = ask(api, "/chat/completions", messages=messages, max_tokens=12)
     text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
-    assert told["whole"] == told["streamed"] == text
+    assert reported["whole"] == reported["streamed"] == text
     # A token may be a part of a character.
-    assert bytes(told["bytes"]).decode(errors="replace") == text
-    assert told.get("later", text) == text
+    assert bytes(reported["bytes"]).decode(errors="replace") == text
+    assert reported.get("later", text) == text
     # litellm asks for no shorter responses.
     longer = ask(api, "/chat/completions", messages=messages, max_tokens=16)
-    assert told["responded"] == longer["choices"][0]["message"]["content"]
-    assert told["reason"] == answer["choices"][0]["finish_reason"]
-    assert told["usage"] == [usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]]
-    assert told["streamed_usage"] == usage["total_tokens"]
-    assert told["stopped"] == text[: text.index(text[5:8])]
-    assert told["num_top"] == [3] * usage["completion_tokens"]
-    assert told["parsed"] in {"red", "blue"}
-    name, arguments, streamed = told["called"]
+    assert reported["responded"] == longer["choices"][0]["message"]["content"]
+    assert reported["reason"] == answer["choices"][0]["finish_reason"]
+    assert reported["usage"] == [usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]]
+    assert reported["streamed_usage"] == usage["total_tokens"]
+    assert reported["stopped"] == text[: text.index(text[5:8])]
+    assert reported["num_top"] == [3] * usage["completion_tokens"]
+    assert reported["parsed"] in {"red", "blue"}
+    name, arguments, streamed = reported["called"]
     assert name == "go" and json.loads(arguments) == json.loads(streamed) == {}
     completion = ask(api, "/completions", prompt=["the sky", "a"], max_tokens=5, logprobs=0)
     texts = [choice["text"] for choice in completion["choices"]]
-    assert told["texts"] == texts
-    assert told.get("texts_streamed", texts) == texts
+    assert reported["texts"] == texts
+    assert reported.get("texts_streamed", texts) == texts
     rated = ["".join(choice["logprobs"]["tokens"]) for choice in completion["choices"]]
-    assert told.get("rated", rated) == rated
-    if "scored" in told:
+    assert reported.get("rated", rated) == rated
+    if "scored" in reported:
         scored = ask(api, "/completions", prompt=["the sky", "a"], max_tokens=0, logprobs=1, echo=True)
-        assert told["scored"] == [choice["logprobs"]["token_logprobs"] for choice in scored["choices"]]
-        assert told["scored"][0][0] is None and len(told["scored"][0]) > 1
-    assert told["refused"] == [404, "model_not_found", True]
+        assert reported["scored"] == [choice["logprobs"]["token_logprobs"] for choice in scored["choices"]]
+        assert reported["scored"][0][0] is None and len(reported["scored"][0]) > 1
+    assert reported["refused"] == [404, "model_not_found", True]
 
 
 def test_this_package_chats_under_strict_validation(chat_api: Api, tmp_path: Path) -> None:
@@ -100,13 +94,11 @@ def test_this_package_chats_under_strict_validation(chat_api: Api, tmp_path: Pat
 
 
 @pytest.mark.parametrize("requirement", ["openai>=1.60,<2", "openai>=2,<3", "openai"])
-def test_the_python_packages_chat_under_strict_validation(
-    chat_api: Api, tmp_path: Path, requirement: str
-) -> None:
+def test_python_packages_chat_in_strict_mode(chat_api: Api, tmp_path: Path, requirement: str) -> None:
     python = make_environment(tmp_path / "environment", requirement)
-    told = run_client(chat_api, [python, _CLIENTS / "chat_openai.py"], tmp_path)
-    assert told["version"].startswith(requirement.partition("=")[2][:1])
-    check_chats(chat_api, told)
+    reported = run_client(chat_api, [python, _CLIENTS / "chat_openai.py"], tmp_path)
+    assert reported["version"].startswith(requirement.partition("=")[2][:1])
+    check_chats(chat_api, reported)
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="Node is not installed")
@@ -129,11 +121,9 @@ def test_frameworks_chat(chat_api: Api, tmp_path: Path, requirement: str, progra
     check_chats(chat_api, run_client(chat_api, [python, _CLIENTS / program], tmp_path))
 
 
-def test_lm_eval_scores_texts_as_the_model_itself_does(
-    chat_api: Api, base_folder: Path, tmp_path: Path
-) -> None:
+def test_lm_eval_scores_texts_as_the_model_does(chat_api: Api, base_folder: Path, tmp_path: Path) -> None:
     python = make_environment(tmp_path / "environment", "lm-eval[api]", "transformers")
-    told = run_client(
+    reported = run_client(
         chat_api,
         [python, _CLIENTS / "lm_eval_calls.py"],
         tmp_path,
@@ -153,16 +143,16 @@ def test_lm_eval_scores_texts_as_the_model_itself_does(
     begin = tokenizer.encode("<|im_start|>")
     scored = [expected(tokenizer.encode(a) or begin, tokenizer.encode(b)) for a, b in _CASES]
     rolled = [expected(begin, tokenizer.encode(a + b))[0] for a, b in _CASES]
-    for found in told["scored"]:
+    for found in reported["scored"]:
         assert [pytest.approx(value, abs=1e-3) for value, _ in scored] == [value for value, _ in found]
         assert [is_greedy for _, is_greedy in scored] == [is_greedy for _, is_greedy in found]
-    for found in told["rolled"]:
+    for found in reported["rolled"]:
         assert found == [pytest.approx(value, abs=1e-3) for value in rolled]
-    for found in told["made"]:
+    for found in reported["made"]:
         for context, text in zip(filter(None, [context for context, _ in _CASES]), found, strict=True):
             made = tokenizer.decode(greedy(model, tokenizer.encode(context), 12))
             assert text == made.partition("e")[0]
-    [chatted] = told["chatted"]
+    [chatted] = reported["chatted"]
     messages = [{"role": "user", "content": "the sky"}]
     answer = ask(chat_api, "/chat/completions", messages=messages, max_tokens=12)
     assert chatted == answer["choices"][0]["message"]["content"]

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 
-from tests.conftest import Api
-from tests.inference_server import Served, wait_until
+from tests.conftest import Api, wait_until
+from tests.inference_server import Served
 
 SKY = [{"role": "user", "content": "the sky"}]
 
@@ -31,9 +31,7 @@ def connect(api: Api, path: str, body: dict[str, object]) -> socket.socket:
 
 
 @pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_leaves_frees_its_sequence_within_two_steps(
-    chat_api: Api, served: Served, is_stream: bool
-) -> None:
+def test_a_client_that_leaves_frees_its_sequence(chat_api: Api, served: Served, is_stream: bool) -> None:
     wait_until(lambda: not served.engine.has_work, "an idle engine")
     body = {"messages": SKY, "max_tokens": 200, "stream": is_stream}
     with closing(connect(chat_api, "/v1/chat/completions", body)) as connection:

@@ -7,49 +7,24 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.core.inference import HEADER_DIGEST, ModelTarget
 from luthier.data.rendering.tokenizer import Tokenizer
-from tests.inference_server import BARE, CHAT, COMPLETIONS, Served, prompt_ids, wait_until
+from tests.conftest import wait_until
+from tests.inference_server import (
+    CHAT,
+    COMPLETIONS,
+    Served,
+    expected_text,
+    prompt_ids,
+    text_of,
+    user,
+)
 from tests.tiny import CONTEXT_LENGTH
-from tests.unit.inference.artifacts import greedy, load_plain, load_reference
+from tests.unit.inference.artifacts import greedy, load_plain
 
 
-def test_models_that_run_at_the_same_time_answer_as_generate_does_for_each_alone(
-    served: Served, base_folder: Path, artifacts: list[tuple[ModelTarget, Path]]
-) -> None:
-    models = [(BARE, load_plain(base_folder))]
-    models += [(target, load_reference(base_folder, path)) for target, path in artifacts]
-    texts = ["the sky", "what is the colour of the sea on a clear day?", "a"]
-    cases = [(target, model, text) for text in texts for target, model in models]
-    for target, _ in models:
-        # In memory before the gate is shut, for loading waits for the step that runs.
-        served.chat("a", target, max_tokens=1)
-    served.steps.gate.clear()
-    with ThreadPoolExecutor(len(cases)) as pool:
-        asked = [pool.submit(served.chat, text, target, max_tokens=40) for target, _, text in cases]
-        # All are there before any runs: one group per model, of rows of different lengths.
-        wait_until(lambda: len(served.service._open) == len(cases), "all requests")
-        served.steps.gate.set()
-        answers = [future.result() for future in asked]
-    tokenizer = Tokenizer.load(base_folder)
-    texts_by_model: dict[str, set[str]] = {}
-    for (target, model, text), answer in zip(cases, answers, strict=True):
-        ids = greedy(model, prompt_ids(base_folder, text), 40)
-        expected = tokenizer.decode([token for token in ids if token not in tokenizer.stop_token_ids])
-        assert answer["choices"][0]["message"]["content"] == expected
-        assert answer["usage"]["completion_tokens"] == len(ids)
-        assert answer["usage"]["prompt_tokens"] == len(prompt_ids(base_folder, text))
-        assert answer["model"] == target.model
-        texts_by_model.setdefault(target.model, set()).add(expected)
-    # The models differ at all, or the equality above says nothing.
-    assert len({frozenset(texts) for texts in texts_by_model.values()}) == len(models)
-
-
-def test_requests_that_join_a_running_answer_change_nothing_about_it(
-    served: Served, base_folder: Path
-) -> None:
+def test_requests_that_join_a_running_answer_change_nothing_about_it(served: Served) -> None:
     texts = ["the sky is blue", "b", "what is the colour of the sky on a clear day in the summer?"]
-    model, tokenizer = load_plain(base_folder), Tokenizer.load(base_folder)
+    model = load_plain(served.base_folder)
     with ThreadPoolExecutor(3) as pool:
         asked = []
         for text in texts:
@@ -61,38 +36,23 @@ def test_requests_that_join_a_running_answer_change_nothing_about_it(
             wait_until(lambda: served.steps.num_prefills > before, "its prefill")  # noqa: B023
         answers = [future.result() for future in asked]
     for text, answer in zip(texts, answers, strict=True):
-        ids = greedy(model, prompt_ids(base_folder, text), 100)
-        expected = tokenizer.decode([token for token in ids if token not in tokenizer.stop_token_ids])
-        assert answer["choices"][0]["message"]["content"] == expected
-
-
-def test_an_answer_says_which_digest_made_it(
-    served: Served, artifacts: list[tuple[ModelTarget, Path]]
-) -> None:
-    target = artifacts[0][0]
-    assert target.digest is not None
-    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=1)
-    assert response.headers[HEADER_DIGEST] == target.digest
-    assert response.json()["system_fingerprint"] == target.digest.removeprefix("sha256:")[:12] + "-float32"
-
-
-def test_a_whole_chat_has_openais_shape(served: Served) -> None:
-    answer = served.chat("a", max_tokens=3)
-    assert answer["id"].startswith("chatcmpl-") and answer["object"] == "chat.completion"
-    assert isinstance(answer["created"], int)
-    choice = answer["choices"][0]
-    assert choice["finish_reason"] == "length" and choice["logprobs"] is None and choice["index"] == 0
-    assert choice["message"]["role"] == "assistant" and choice["message"]["refusal"] is None
-    usage = answer["usage"]
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert text_of(answer) == expected_text(served.base_folder, model, text, 100)[0]
 
 
 @pytest.mark.parametrize("with_usage", [False, True])
-def test_a_stream_joined_is_the_whole_answer_in_the_contracts_order(served: Served, with_usage: bool) -> None:
-    messages = [{"role": "user", "content": "the sky"}]
+def test_a_whole_chat_has_openais_shape_and_a_stream_joined_is_the_same_in_the_contracts_order(
+    served: Served, with_usage: bool
+) -> None:
     whole = served.chat("the sky", max_tokens=30)
+    assert whole["id"].startswith("chatcmpl-") and whole["object"] == "chat.completion"
+    assert isinstance(whole["created"], int)
+    assert whole["choices"][0]["finish_reason"] == "length" and whole["choices"][0]["logprobs"] is None
+    message = whole["choices"][0]["message"]
+    assert message["role"] == "assistant" and message["refusal"] is None
+    usage = whole["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
     options = {"stream_options": {"include_usage": True}} if with_usage else {}
-    chunks = served.stream(CHAT, messages=messages, max_tokens=30, **options)
+    chunks = served.stream(CHAT, messages=user("the sky"), max_tokens=30, **options)
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
     if with_usage:
@@ -106,32 +66,32 @@ def test_a_stream_joined_is_the_whole_answer_in_the_contracts_order(served: Serv
     assert choices[-1]["delta"] == {} and choices[-1]["finish_reason"] == "length"
     assert all(choice["finish_reason"] is None for choice in choices[:-1])
     text = "".join(choice["delta"]["content"] for choice in choices[:-1])
-    assert text == whole["choices"][0]["message"]["content"]
+    assert text == text_of(whole)
 
 
 def test_a_stop_text_across_token_borders_ends_the_answer_and_is_not_in_it(served: Served) -> None:
-    text = served.chat("the sky", max_tokens=40)["choices"][0]["message"]["content"]
+    text = text_of(served.chat("the sky", max_tokens=40))
     stop = text[11:17]
     assert len(stop) == 6
     answer = served.chat("the sky", max_tokens=40, stop=[stop, "never there"])
-    assert answer["choices"][0]["message"]["content"] == text[: text.index(stop)]
+    assert text_of(answer) == text[: text.index(stop)]
     assert answer["choices"][0]["finish_reason"] == "stop"
-    chunks = served.stream(CHAT, messages=[{"role": "user", "content": "the sky"}], max_tokens=40, stop=stop)
+    chunks = served.stream(CHAT, messages=user("the sky"), max_tokens=40, stop=stop)
     pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
     assert "".join(pieces) == text[: text.index(stop)]
 
 
 def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(served: Served) -> None:
     options = {"temperature": 1.0, "seed": 11, "max_tokens": 40}
-    alone = served.chat("the sky", **options)["choices"][0]["message"]["content"]
+    alone = text_of(served.chat("the sky", **options))
     served.steps.gate.clear()
     with ThreadPoolExecutor(4) as pool:
         others = [pool.submit(served.chat, "a b c", **(options | {"seed": i})) for i in range(3)]
         again = pool.submit(served.chat, "the sky", **options)
         wait_until(lambda: len(served.service._open) == 4, "all requests")
         served.steps.gate.set()
-        assert again.result()["choices"][0]["message"]["content"] == alone
-        assert len({future.result()["choices"][0]["message"]["content"] for future in others}) == 3
+        assert text_of(again.result()) == alone
+        assert len({text_of(future.result()) for future in others}) == 3
 
 
 def test_logprobs_equal_those_of_the_model_for_the_whole_text(served: Served, base_folder: Path) -> None:
@@ -154,9 +114,7 @@ def test_logprobs_equal_those_of_the_model_for_the_whole_text(served: Served, ba
 
 def test_a_streams_logprobs_are_those_of_the_whole_answer(served: Served) -> None:
     whole = served.chat("the sky", max_tokens=12, logprobs=True)
-    chunks = served.stream(
-        CHAT, messages=[{"role": "user", "content": "the sky"}], max_tokens=12, logprobs=True
-    )
+    chunks = served.stream(CHAT, messages=user("the sky"), max_tokens=12, logprobs=True)
     streamed = [
         item
         for chunk in chunks
@@ -182,7 +140,7 @@ def test_a_completion_answers_every_prompt_at_its_index(served: Served, base_fol
         assert choice["text"] == tokenizer.decode(kept)
         logprobs = choice["logprobs"]
         lengths = {len(logprobs[name]) for name in ("tokens", "token_logprobs", "top_logprobs")}
-        # The token that ends a text is told of too.
+        # The token that ends a text is rated too.
         assert lengths == {len(ids)}
         assert logprobs["text_offset"][0] == 0
     assert answer["usage"]["completion_tokens"] == total
@@ -206,8 +164,8 @@ def test_n_answers_come_whole_and_interleaved_by_index_the_same_for_the_same_see
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2] and len(set(texts)) == 3
     assert answer["usage"]["prompt_tokens"] == served.chat("the sky", max_tokens=1)["usage"]["prompt_tokens"]
     one = served.chat("the sky", **(options | {"n": 1}))
-    assert one["choices"][0]["message"]["content"] == texts[0]
-    chunks = served.stream(CHAT, messages=[{"role": "user", "content": "the sky"}], **options)
+    assert text_of(one) == texts[0]
+    chunks = served.stream(CHAT, messages=user("the sky"), **options)
     for index in range(3):
         parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
         assert parts[0]["delta"]["role"] == "assistant" and parts[-1]["finish_reason"]
@@ -218,8 +176,7 @@ def test_n_answers_come_whole_and_interleaved_by_index_the_same_for_the_same_see
 
 def test_biases_and_penalties_change_what_comes(served: Served, base_folder: Path) -> None:
     def text(**options: Any) -> str:
-        content: str = served.chat("the sky", max_tokens=12, **options)["choices"][0]["message"]["content"]
-        return content
+        return text_of(served.chat("the sky", max_tokens=12, **options))
 
     [letter] = Tokenizer.load(base_folder).encode("q")
     assert text(logit_bias={str(letter): 100}) == "q" * 12
@@ -233,25 +190,13 @@ def test_biases_and_penalties_change_what_comes(served: Served, base_folder: Pat
     assert counts[1] > counts[0]
 
 
-def test_an_echo_repeats_the_prompt_before_each_answer_to_it(served: Served, base_folder: Path) -> None:
-    ids = Tokenizer.load(base_folder).encode("what is")
-    for prompt, text in (("the sky", "the sky"), (ids, "what is")):
-        answers = [
-            served.post(COMPLETIONS, prompt=prompt, temperature=0, echo=echo).json() for echo in (False, True)
-        ]
-        plain, echoed = (answer["choices"][0]["text"] for answer in answers)
-        assert echoed == text + plain
-    alone = served.post(COMPLETIONS, prompt="the sky", max_tokens=0, echo=True).json()
-    assert alone["choices"][0]["text"] == "the sky"
-
-
 def test_a_prompt_longer_than_the_context_is_refused_with_numbers(served: Served) -> None:
     response = served.post(CHAT, messages=[{"role": "user", "content": "z" * 300}])
     error = response.json()["error"]
     assert response.status_code == 400
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert str(CONTEXT_LENGTH) in error["message"]
-    response = served.post(CHAT, messages=[{"role": "user", "content": "a"}], max_tokens=CONTEXT_LENGTH)
+    response = served.post(CHAT, messages=user("a"), max_tokens=CONTEXT_LENGTH)
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
@@ -271,7 +216,7 @@ def test_an_answer_of_unnamed_length_ends_at_the_context(served: Served, base_fo
         ({"prompt": [-1]}, "prompt.0"),
     ],
 )
-def test_a_prompt_without_tokens_or_with_unknown_ones_is_refused(
+def test_a_prompt_of_no_or_unknown_tokens_is_refused(
     served: Served, body: dict[str, Any], param: str
 ) -> None:
     response = served.post(COMPLETIONS, **body)

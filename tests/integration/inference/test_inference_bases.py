@@ -47,9 +47,7 @@ def _bases(client: httpx2.Client) -> set[str]:
     return set(client.get("/internal/state").json()["bases"])
 
 
-def test_an_idle_base_leaves_for_another_and_one_that_answers_or_was_preloaded_stays(
-    client: httpx2.Client,
-) -> None:
+def test_an_idle_base_leaves_for_another_and_a_busy_or_preloaded_one_stays(client: httpx2.Client) -> None:
     assert _ask(client, "tiny-b").status_code == 200
     assert _bases(client) == {BASE_ID, "tiny-b"}
     assert _ask(client, "tiny-c").status_code == 200

@@ -34,9 +34,7 @@ def form(schema: Any, **others: Any) -> Any:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_schema_is_kept_whole_and_streamed_and_its_end_ends_the_answer(
-    sdk: openai.OpenAI, temperature: float
-) -> None:
+def test_a_schema_is_kept_streamed_too_and_ends_the_answer(sdk: openai.OpenAI, temperature: float) -> None:
     options: Any = {"temperature": temperature, "seed": 3, "max_tokens": 100, "response_format": form(SCHEMA)}
     whole = sdk.chat.completions.create(model="m", messages=ASKED, n=3, **options)
     for choice in whole.choices:

@@ -1,4 +1,4 @@
-"""What one request costs the server that answers everybody: memory, and time on its loop."""
+"""What one request costs the server that answers all others too: memory, and time on its loop."""
 
 import asyncio
 import json
@@ -8,16 +8,16 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
 
+from luthier.core.inference import ModelTarget
 from luthier.inference.openai import grammar
 from tests.inference_server import BARE, CHAT, COMPLETIONS, Served
-from tests.tools_base import WITH_TOOLS, open_tools_client
+from tests.tools_base import WITH_TOOLS
 
 _MIB = 1024 * 1024
 _HELLO = [{"role": "user", "content": "a"}]
@@ -114,9 +114,7 @@ def test_millions_of_values_are_refused_before_they_are_made_and_beside_the_loop
         (CHAT, {"messages": [{"role": "user", "content": "a", "wrong": 1}] * 4000}),
     ],
 )
-def test_of_many_faults_only_the_first_is_collected(
-    served: Served, path: str, fields: dict[str, Any]
-) -> None:
+def test_of_many_faults_the_first_is_collected(served: Served, path: str, fields: dict[str, Any]) -> None:
     with _peak() as peak:
         response = served.post(path, **fields)
     assert response.status_code == 400
@@ -168,72 +166,64 @@ def test_a_dear_schema_is_refused_in_our_words(served: Served, schema: dict[str,
     assert time.process_time() - began < 5
 
 
-def test_a_compile_holds_up_no_other_project_and_no_chat_without_a_schema(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def compile_slowly(tokenizer: Any, lark: str, **options: Any) -> Any:
-        if "slow" in lark:
-            started.release()
-            assert gate.wait(60)
-        return compile_grammar(tokenizer, lark, **options)
+class Compiles:
+    """Compiles of grammars with a word in them, which wait for a gate."""
 
-    compile_grammar = grammar.LLMatcher
-    gate, started = threading.Event(), threading.Semaphore(0)
-    monkeypatch.setattr("luthier.inference.openai.grammar.LLMatcher", compile_slowly)
+    def __init__(self, word: str) -> None:
+        self.word, self.compiled = word, []
+        self.gate, self.started = threading.Event(), threading.Semaphore(0)
+        self._compile = grammar.LLMatcher
+
+    def __call__(self, tokenizer: Any, lark: str, **options: Any) -> Any:
+        self.compiled.append(lark)
+        if self.word in lark:
+            self.started.release()
+            assert self.gate.wait(60)
+        return self._compile(tokenizer, lark, **options)
+
+
+@pytest.fixture
+def compiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compiles]:
+    made = Compiles("slow")
+    monkeypatch.setattr("luthier.inference.openai.grammar.LLMatcher", made)
+    yield made
+    made.gate.set()
+
+
+def _ask_in(served: Served, constant: str, target: ModelTarget = BARE) -> list[Any]:
+    schema = _answer_in({"const": constant})
+    return served.chat("a", target, max_tokens=1, response_format=schema)["choices"]
+
+
+def test_a_compile_holds_up_no_other_project_and_no_plain_chat(served: Served, compiles: Compiles) -> None:
     with ThreadPoolExecutor(8) as pool:
         try:
-            slow = [
-                pool.submit(served.chat, "a", max_tokens=1, response_format=_answer_in({"const": f"slow{i}"}))
-                for i in range(8)
-            ]
-            assert started.acquire(timeout=60)
+            slow = [pool.submit(_ask_in, served, f"slow{i}") for i in range(8)]
+            assert compiles.started.acquire(timeout=60)
             assert served.chat("a", max_tokens=1)["choices"]
-            other = BARE.model_copy(update={"project_id": "proj_2"})
-            assert served.chat("a", other, max_tokens=1, response_format=_answer_in({"const": "b"}))[
-                "choices"
-            ]
-            assert not started.acquire(blocking=False)
+            assert _ask_in(served, "b", BARE.model_copy(update={"project_id": "proj_2"}))
+            assert not compiles.started.acquire(blocking=False)
         finally:
-            gate.set()
-        assert all(future.result()["choices"] for future in slow)
+            compiles.gate.set()
+        assert all(future.result() for future in slow)
 
 
-def test_a_client_that_leaves_gives_its_place_among_compiles_up(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled: list[str] = []
-    gate, started = threading.Event(), threading.Event()
-
-    def compile_slowly(tokenizer: Any, lark: str, **options: Any) -> Any:
-        compiled.append(lark)
-        started.set()
-        assert gate.wait(60)
-        return compile_grammar(tokenizer, lark, **options)
-
-    compile_grammar = grammar.LLMatcher
-    monkeypatch.setattr("luthier.inference.openai.grammar.LLMatcher", compile_slowly)
+def test_a_client_that_leaves_gives_its_place_among_compiles_up(served: Served, compiles: Compiles) -> None:
     with ThreadPoolExecutor(1) as pool:
         try:
-            first = pool.submit(
-                served.chat, "a", max_tokens=1, response_format=_answer_in({"const": "first"})
-            )
-            assert started.wait(60)
+            first = pool.submit(_ask_in, served, "slow")
+            assert compiles.started.acquire(timeout=60)
+            body = {"model": "m", "messages": _HELLO, "response_format": _answer_in({"const": "gone"})}
             with pytest.raises(httpx2.TimeoutException):
-                served.client.post(
-                    CHAT,
-                    json={"model": "m", "messages": _HELLO, "response_format": _answer_in({"const": "gone"})},
-                    headers=BARE.to_headers(),
-                    timeout=0.3,
-                )
+                served.client.post(CHAT, json=body, headers=BARE.to_headers(), timeout=0.3)
         finally:
-            gate.set()
-        assert first.result()["choices"]
-    assert served.chat("a", max_tokens=1, response_format=_answer_in({"const": "last"}))["choices"]
-    assert not any("gone" in lark for lark in compiled)
+            compiles.gate.set()
+        assert first.result()
+    assert _ask_in(served, "last")
+    assert not any("gone" in lark for lark in compiles.compiled)
 
 
-def test_tools_are_compiled_within_one_budget(served: Served, sdk: openai.OpenAI, folder: Path) -> None:
-    open_tools_client(sdk, folder / "bases")
+def test_tools_are_compiled_within_one_budget(served: Served, sdk_with_tools: openai.OpenAI) -> None:
     # Each within the budget alone; 128 of them would be half a minute and gigabytes.
     tools = [
         {

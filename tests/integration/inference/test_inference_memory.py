@@ -22,8 +22,7 @@ def _lend(served: Served, num_bytes: int, least_bytes: int = 1, **changes: Any) 
     )
     answer = served.client.post(LOANS_PATH, json=asked.model_copy(update=changes).model_dump())
     assert answer.status_code == 200, answer.text
-    lent: int = answer.json()["lent_bytes"]
-    return lent
+    return answer.json()["lent_bytes"]
 
 
 def test_unused_pages_are_lent_and_models_answer_as_before(
@@ -44,11 +43,9 @@ def test_unused_pages_are_lent_and_models_answer_as_before(
     assert _lend(served, 0, 0) == 0
 
 
-def test_a_base_that_has_no_room_beside_a_loan_is_refused_until_it_is_given_back(
-    served: Served, base_folder: Path
-) -> None:
+def test_a_base_that_has_no_room_beside_a_loan_is_refused_until_it_is_given_back(served: Served) -> None:
     # As if it took 100 MB.
-    copy_base(base_folder, "tiny-large", num_parameters=25_000_000)
+    copy_base(served.base_folder, "tiny-large", num_parameters=25_000_000)
     target = BARE.model_copy(update={"base_id": "tiny-large"})
     body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
     assert _lend(served, 2**50) > 0

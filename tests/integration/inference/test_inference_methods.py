@@ -17,8 +17,8 @@ from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.models import loading as loading_module
 from luthier.inference.models.loading import Kind, measure_weights
 from luthier.methods import discover
-from luthier.storage.store import Storage
-from tests.inference_server import BARE, CHAT, Served, prompt_ids, wait_until
+from tests.conftest import wait_until
+from tests.inference_server import BARE, CHAT, Served, prompt_ids, publish, text_of, user
 from tests.tiny import CONTEXT_LENGTH
 from tests.unit.inference.artifacts import (
     Artifact,
@@ -37,21 +37,21 @@ WHOLE = [name for name, method in discover().items() if method.is_whole_model]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what it has to say to each text."""
+    """A model, and what it has to say to each text, in how many tokens."""
 
     target: ModelTarget
     folder: Path | None
-    answers: dict[str, str]
+    answers: dict[str, tuple[str, int]]
 
 
-def to_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+def to_text(tokenizer: Tokenizer, ids: list[int]) -> tuple[str, int]:
+    """Return an answer's text up to its end, and its tokens with the end."""
     ends = [i for i, token in enumerate(ids) if token in tokenizer.stop_token_ids]
-    return tokenizer.decode(ids[: ends[0]] if ends else ids)
+    return (tokenizer.decode(ids[: ends[0]]), ends[0] + 1) if ends else (tokenizer.decode(ids), len(ids))
 
 
 @pytest.fixture(scope="module")
 def cases(folder: Path, base_folder: Path) -> dict[str, Case]:
-    storage = Storage.open(f"file://{folder}/objects")
     tokenizer = Tokenizer.load(base_folder)
     plain = load_plain(base_folder)
     prompts = {text: prompt_ids(base_folder, text) for text in TEXTS}
@@ -60,10 +60,7 @@ def cases(folder: Path, base_folder: Path) -> dict[str, Case]:
     for i, tuning in enumerate([*all_tunings(), *({"type": name} for name in WHOLE)]):
         name = f"{tuning_name(tuning)}-{i}"
         artifact = build_method_artifact(folder / f"tuned{i}", base_folder, tuning, seed=i)
-        storage.put_folder(artifact.folder, f"projects/p/tuned{i}")
-        target = BARE.model_copy(
-            update={"model": name, "artifact": f"projects/p/tuned{i}", "digest": artifact.digest}
-        )
+        target = publish(folder, artifact.folder, f"tuned{i}", model=name)
         answers = {
             text: to_text(tokenizer, method_greedy(base_folder, artifact.folder, ids, NUM_TOKENS))
             for text, ids in prompts.items()
@@ -76,7 +73,9 @@ def cases(folder: Path, base_folder: Path) -> dict[str, Case]:
 
 def check(served: Served, case: Case, text: str) -> None:
     answer = served.chat(text, case.target, max_tokens=NUM_TOKENS)
-    assert answer["choices"][0]["message"]["content"] == case.answers[text], case.target.model
+    usage = answer["usage"]
+    assert (text_of(answer), usage["completion_tokens"]) == case.answers[text], case.target.model
+    assert usage["prompt_tokens"] == len(prompt_ids(served.base_folder, text))
     assert answer["model"] == case.target.model
 
 
@@ -85,7 +84,7 @@ def case_of(cases: dict[str, Case], method: str) -> Case:
 
 
 def unload(served: Served) -> None:
-    """Let every artifact that nobody needs leave, as if others had taken its place."""
+    """Let every artifact that no request needs leave, as if others had taken its place."""
 
     def leave() -> None:
         for kind in Kind:
@@ -100,6 +99,18 @@ def on_loop(served: Served, work: Callable[[], None]) -> None:
     assert done.wait(10)
 
 
+def check_all_at_once(served: Served, cases: dict[str, Case]) -> None:
+    asked = [(case, text) for text in TEXTS for case in cases.values()]
+    served.steps.gate.clear()
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = [pool.submit(check, served, case, text) for case, text in asked]
+        # As many as can be are there before any runs; a model that must be loaded first comes later.
+        wait_until(lambda: served.engine.has_work, "the first requests")
+        served.steps.gate.set()
+        for future in answers:
+            future.result()
+
+
 def test_every_methods_artifact_answers_as_its_method_says_in_turn_with_the_others_and_the_base(
     served: Served, cases: dict[str, Case]
 ) -> None:
@@ -110,10 +121,7 @@ def test_every_methods_artifact_answers_as_its_method_says_in_turn_with_the_othe
 
 
 def test_requests_for_all_models_at_once_all_come_back_right(served: Served, cases: dict[str, Case]) -> None:
-    asked = [(case, text) for text in TEXTS for case in cases.values()]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        for future in [pool.submit(check, served, case, text) for case, text in asked]:
-            future.result()
+    check_all_at_once(served, cases)
 
 
 def test_models_that_push_each_other_out_of_memory_answer_right_all_the_same(
@@ -131,16 +139,12 @@ def test_models_that_push_each_other_out_of_memory_answer_right_all_the_same(
         for case in cases.values():
             check(served, case, TEXTS[2])
             assert 0 <= loaded.num_bytes(Kind.PACKED) <= largest
-    asked = [(case, text) for text in TEXTS for case in cases.values()]
-    with ThreadPoolExecutor(len(asked)) as pool:
-        for future in [pool.submit(check, served, case, text) for case, text in asked]:
-            future.result()
+    check_all_at_once(served, cases)
 
 
 def test_an_answer_says_which_artifact_made_it(served: Served, cases: dict[str, Case]) -> None:
     for case in cases.values():
-        messages = [{"role": "user", "content": "a"}]
-        response = served.post(CHAT, case.target, messages=messages, max_tokens=1, temperature=0)
+        response = served.post(CHAT, case.target, messages=user("a"), max_tokens=1, temperature=0)
         if case.target.digest is not None:
             assert response.headers[HEADER_DIGEST] == case.target.digest
             fingerprint = case.target.digest.removeprefix("sha256:")[:12] + "-float32"
@@ -149,12 +153,11 @@ def test_an_answer_says_which_artifact_made_it(served: Served, cases: dict[str, 
 
 @pytest.mark.parametrize(("method", "num_virtual"), [("prefix", 5), ("prompt", 3), ("lora", 0)])
 def test_virtual_tokens_shorten_the_context_and_the_refusal_says_so(
-    served: Served, cases: dict[str, Case], base_folder: Path, method: str, num_virtual: int
+    served: Served, cases: dict[str, Case], method: str, num_virtual: int
 ) -> None:
     case = case_of(cases, method)
-    room = CONTEXT_LENGTH - num_virtual - len(prompt_ids(base_folder, "a"))
-    messages = [{"role": "user", "content": "a"}]
-    refused = served.post(CHAT, case.target, messages=messages, max_tokens=room + 1)
+    room = CONTEXT_LENGTH - num_virtual - len(prompt_ids(served.base_folder, "a"))
+    refused = served.post(CHAT, case.target, messages=user("a"), max_tokens=room + 1)
     error = refused.json()["error"]
     assert (refused.status_code, error["code"]) == (400, "context_length_exceeded")
     assert f"{CONTEXT_LENGTH - num_virtual} tokens" in error["message"]
@@ -162,7 +165,7 @@ def test_virtual_tokens_shorten_the_context_and_the_refusal_says_so(
     answer = served.chat("a", case.target, max_tokens=room)
     if answer["choices"][0]["finish_reason"] == "length":
         assert answer["usage"]["completion_tokens"] == room
-    assert answer["usage"]["prompt_tokens"] == len(prompt_ids(base_folder, "a"))
+    assert answer["usage"]["prompt_tokens"] == len(prompt_ids(served.base_folder, "a"))
 
 
 @pytest.mark.usefixtures("_copies")
@@ -175,10 +178,9 @@ def test_a_damaged_copy_is_fetched_again_whatever_its_method(served: Served, cas
         shutil.rmtree(asyncio.run(served.service.models.get(case.target)).copy.folder)
         served.service.models._served.clear()
         copy = asyncio.run(served.service.models.get(case.target)).copy
-        assert copy is not None
         weights = next(copy.folder.glob("*.safetensors"))
         content = weights.read_bytes()
-        # Its size stays: only reading it again can tell.
+        # Its size stays: only reading it again shows it.
         weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         check(served, case, TEXTS[2])
         assert weights.read_bytes() == content
@@ -232,13 +234,13 @@ def test_a_whole_model_stays_while_its_rows_run_and_leaves_when_another_needs_it
     assert loaded.digests[-1] == second.target.digest
 
 
-def test_a_whole_model_beyond_the_memory_for_them_is_refused_and_the_rest_goes_on(
+def test_a_whole_model_beyond_the_memory_for_them_is_refused_and_the_rest_answers_on(
     served: Served, cases: dict[str, Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unload(served)
     monkeypatch.setitem(served.service.models.loaded._max_bytes, Kind.WHOLE, 1000)
     case = case_of(cases, WHOLE[0])
-    refused = served.post(CHAT, case.target, messages=[{"role": "user", "content": "a"}])
+    refused = served.post(CHAT, case.target, messages=user("a"))
     assert refused.json()["error"]["code"] == "out_of_memory"
     assert "LUTHIER_INFERENCE_MAX_WHOLE_MODELS_BYTES" in refused.json()["error"]["message"]
     check(served, cases["base"], TEXTS[0])
@@ -247,23 +249,16 @@ def test_a_whole_model_beyond_the_memory_for_them_is_refused_and_the_rest_goes_o
 def test_artifacts_on_a_whole_model_answer_as_trained_there_though_their_copies_vanish(
     served: Served, cases: dict[str, Case], folder: Path, base_folder: Path
 ) -> None:
-    storage = Storage.open(f"file://{folder}/objects")
     whole = case_of(cases, WHOLE[0])
     assert whole.folder is not None
-    foundation = Artifact(str(whole.target.digest), whole.folder)
+    full = Artifact(str(whole.target.digest), whole.folder)
     tokenizer, ids = Tokenizer.load(base_folder), prompt_ids(base_folder, TEXTS[0])
     for seed, tuning in enumerate(({"type": "lora", "rank": 2}, {"type": "prompt", "num_virtual_tokens": 3})):
-        made = build_method_artifact(folder / f"on{seed}", base_folder, tuning, seed=seed, on=foundation)
-        storage.put_folder(made.folder, f"projects/p/on{seed}")
-        changes = {
-            "model": f"on{seed}",
-            "artifact": f"projects/p/on{seed}",
-            "digest": made.digest,
-            "full_model": whole.target.artifact,
-            "full_model_digest": whole.target.digest,
-        }
-        answer = to_text(tokenizer, method_greedy(foundation.folder, made.folder, ids, NUM_TOKENS))
-        case = Case(BARE.model_copy(update=changes), made.folder, {TEXTS[0]: answer})
+        made = build_method_artifact(folder / f"on{seed}", base_folder, tuning, seed=seed, on=full)
+        below = {"full_model": whole.target.artifact, "full_model_digest": whole.target.digest}
+        target = publish(folder, made.folder, f"on{seed}", **below)
+        answer = to_text(tokenizer, method_greedy(full.folder, made.folder, ids, NUM_TOKENS))
+        case = Case(target, made.folder, {TEXTS[0]: answer})
         assert answer not in (whole.answers[TEXTS[0]], cases["base"].answers[TEXTS[0]])
         check(served, case, TEXTS[0])
         unload(served)

@@ -10,8 +10,8 @@ from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.inference.runners.paged import PagedRunner
-from luthier.storage.store import Storage
-from tests.inference_server import BARE, Served, prompt_ids, wait_until
+from tests.conftest import wait_until
+from tests.inference_server import BARE, Served, prompt_ids, publish, text_of
 from tests.integration.inference.test_inference_methods import to_text
 from tests.tiny import build_tiny_base
 from tests.tiny_shapes import build_shape
@@ -36,17 +36,14 @@ def answers(folder: Path, base_folder: Path) -> list[tuple[ModelTarget, str]]:
     for path in build_shape(folder / "shape", "qwen3").iterdir():
         if path.name in ("config.json", "generation_config.json", "model.safetensors"):
             (qwen / path.name).write_bytes(path.read_bytes())
-    storage = Storage.open(f"file://{folder}/objects")
     tokenizer, ids = Tokenizer.load(qwen), prompt_ids(qwen, TEXT)
     bare = BARE.model_copy(update={"base_id": BASE})
-    made = [(bare, to_text(tokenizer, greedy(load_plain(qwen), ids, NUM_TOKENS)))]
+    made = [(bare, to_text(tokenizer, greedy(load_plain(qwen), ids, NUM_TOKENS))[0])]
     for number, tuning in enumerate(TUNINGS):
         artifact = build_method_artifact(folder / f"mixed{number}", qwen, tuning, seed=number)
-        key = f"projects/p/mixed{number}"
-        storage.put_folder(artifact.folder, key)
-        target = bare.model_copy(update={"model": f"m{number}", "artifact": key, "digest": artifact.digest})
+        target = publish(folder, artifact.folder, f"mixed{number}", base_id=BASE)
         answer = method_greedy(qwen, artifact.folder, ids, NUM_TOKENS)
-        made.append((target, to_text(tokenizer, answer)))
+        made.append((target, to_text(tokenizer, answer)[0]))
     # Equal answers would say nothing.
     assert len({text for _, text in made}) > len(TUNINGS) // 2
     return made
@@ -56,8 +53,7 @@ def test_models_of_every_method_answer_together_in_one_pass_a_token(
     served: Served, answers: list[tuple[ModelTarget, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ask(target: ModelTarget) -> str:
-        content = served.chat(TEXT, target, max_tokens=NUM_TOKENS)["choices"][0]["message"]["content"]
-        return str(content)
+        return text_of(served.chat(TEXT, target, max_tokens=NUM_TOKENS))
 
     # Each alone, which also loads it.
     assert [ask(target) for target, _ in answers] == [text for _, text in answers]
@@ -65,8 +61,8 @@ def test_models_of_every_method_answer_together_in_one_pass_a_token(
     execute = PagedRunner.execute
 
     def counted(self: PagedRunner, batch: object, **options: object) -> object:
-        sizes.append(len({chunk.adapter for chunk in batch.chunks}))  # type: ignore[attr-defined]
-        return execute(self, batch, **options)  # type: ignore[arg-type]
+        sizes.append(len({chunk.adapter for chunk in batch.chunks}))
+        return execute(self, batch, **options)
 
     monkeypatch.setattr(PagedRunner, "execute", counted)
     served.steps.gate.clear()

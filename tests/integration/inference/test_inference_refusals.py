@@ -10,42 +10,34 @@ from typing import Any
 
 import pytest
 
-from luthier.core.errors import UnavailableError
 from luthier.core.inference import ModelTarget
 from luthier.inference.models import loading
 from luthier.inference.models.artifact_cache import CachedArtifact
 from luthier.inference.models.registry import Models
 from luthier.serving import open_backend
 from luthier.storage.store import Storage
-from tests.inference_server import (
-    BARE,
-    CHAT,
-    COMPLETIONS,
-    Served,
-    make_settings,
-    wait_until,
-)
+from tests.conftest import wait_until
+from tests.inference_server import BARE, CHAT, COMPLETIONS, Served, make_settings, publish, user
 from tests.tiny import build_tiny_base
 from tests.unit.inference.artifacts import WEIGHTS_NAME, build_artifact
 
 
 def test_a_base_that_is_not_fetched_is_not_found_and_says_how_to_fetch_it(served: Served) -> None:
     target = BARE.model_copy(update={"base_id": "other-base"})
-    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}])
+    response = served.post(CHAT, target, messages=user("a"))
     error = response.json()["error"]
     assert (response.status_code, error["code"]) == (404, "model_not_found")
     assert "luthier bases fetch other-base" in error["message"]
 
 
-def test_an_artifact_of_another_base_is_refused_and_nobody_else_notices(
-    served: Served, folder: Path, tmp_path: Path
+def test_an_artifact_of_another_base_is_refused_and_harms_no_other_chat(
+    served: Served, tmp_path: Path
 ) -> None:
     other = build_tiny_base(tmp_path / "other", seed=5)
-    manifest = build_artifact(tmp_path / "a", other, seed=0)
-    Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", "projects/p/other")
-    target = BARE.model_copy(update={"artifact": "projects/p/other", "digest": manifest.digest})
+    build_artifact(tmp_path / "a", other, seed=0)
+    target = publish(served.folder, tmp_path / "a", "other")
     for is_stream in (False, True):
-        response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], stream=is_stream)
+        response = served.post(CHAT, target, messages=user("a"), stream=is_stream)
         assert response.json()["error"]["code"] == "artifact_corrupt"
         assert response.status_code == 503
     assert served.chat("a", max_tokens=1)["choices"]
@@ -55,17 +47,14 @@ def test_an_artifact_of_another_base_is_refused_and_nobody_else_notices(
 @pytest.mark.parametrize("is_stream", [False, True])
 @pytest.mark.parametrize("damage", ["gone", "torn"])
 def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
-    served: Served, folder: Path, base_folder: Path, tmp_path: Path, damage: str, is_stream: bool
+    served: Served, tmp_path: Path, damage: str, is_stream: bool
 ) -> None:
     seed = 20 + 2 * (damage == "gone") + is_stream
-    manifest = build_artifact(tmp_path / "a", base_folder, seed=seed)
-    prefix = f"projects/p/copy{seed}"
-    storage = Storage.open(f"file://{folder}/objects")
-    storage.put_folder(tmp_path / "a", prefix)
-    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    build_artifact(tmp_path / "a", served.base_folder, seed=seed)
+    target = publish(served.folder, tmp_path / "a", f"copy{seed}")
+    storage = Storage.open(f"file://{served.folder}/objects")
     # Known to the server, not loaded yet.
     copy = asyncio.run(served.service.models.get(target)).copy
-    assert copy is not None
     copied = copy.folder
 
     def harm() -> None:
@@ -74,13 +63,12 @@ def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
         else:
             (copied / WEIGHTS_NAME).write_bytes(b"torn")
 
-    messages = [{"role": "user", "content": "a"}]
-    body = {"messages": messages, "max_tokens": 2, "stream": is_stream}
+    body = {"messages": user("a"), "max_tokens": 2, "stream": is_stream}
     harm()
-    storage.delete_prefix(prefix)
+    storage.delete_prefix(target.artifact)
     response = served.post(CHAT, target, **body)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
-    storage.put_folder(tmp_path / "a", prefix)
+    storage.put_folder(tmp_path / "a", target.artifact)
     asyncio.run(served.service.models.get(target))
     harm()
     response = served.post(CHAT, target, **body)
@@ -88,45 +76,31 @@ def test_a_local_copy_that_is_gone_or_damaged_is_fetched_again(
     assert (copied / WEIGHTS_NAME).read_bytes() == (tmp_path / "a" / WEIGHTS_NAME).read_bytes()
 
 
-def test_an_artifact_on_the_same_disk_is_no_copy_and_never_answers_when_damaged(
-    served: Served, folder: Path, base_folder: Path, tmp_path: Path
-) -> None:
-    manifest = build_artifact(tmp_path / "a", base_folder, seed=30)
-    prefix = "projects/p/here"
-    storage = Storage.open(f"file://{folder}/objects")
-    storage.put_folder(tmp_path / "a", prefix)
-    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
-    weights = folder / "objects" / prefix / WEIGHTS_NAME
+def test_an_artifact_on_one_disk_is_linked_and_never_answers_damaged(served: Served, tmp_path: Path) -> None:
+    build_artifact(tmp_path / "a", served.base_folder, seed=30)
+    target = publish(served.folder, tmp_path / "a", "here")
+    weights = served.folder / "objects" / target.artifact / WEIGHTS_NAME
     content = weights.read_bytes()
-    # Numbers that can be laid out like any others: their hash alone can tell.
+    # Numbers that can be packed like any others: their hash alone shows it.
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    messages = [{"role": "user", "content": "a"}]
     for _ in range(2):
-        response = served.post(CHAT, target, messages=messages, max_tokens=2)
+        response = served.post(CHAT, target, messages=user("a"), max_tokens=2)
         assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
     weights.write_bytes(content)
     copy = asyncio.run(served.service.models.get(target)).copy
-    assert copy is not None
     assert (copy.folder / WEIGHTS_NAME).samefile(weights)
-    # What is published may leave; who is known already goes on.
-    storage.delete_prefix(prefix)
-    response = served.post(CHAT, target, messages=messages, max_tokens=2)
+    # What is published may leave; a model that is known already still answers.
+    Storage.open(f"file://{served.folder}/objects").delete_prefix(target.artifact)
+    response = served.post(CHAT, target, messages=user("a"), max_tokens=2)
     assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_files_that_change_while_they_are_read_answer_only_if_they_are_what_they_were(
-    served: Served,
-    folder: Path,
-    base_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    is_damaged: bool,
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_damaged: bool
 ) -> None:
-    manifest = build_artifact(tmp_path / "a", base_folder, seed=31 + is_damaged)
-    prefix = f"projects/p/touched{is_damaged}"
-    Storage.open(f"file://{folder}/objects").put_folder(tmp_path / "a", prefix)
-    target = BARE.model_copy(update={"artifact": prefix, "digest": manifest.digest})
+    build_artifact(tmp_path / "a", served.base_folder, seed=31 + is_damaged)
+    target = publish(served.folder, tmp_path / "a", f"touched{is_damaged}")
     read_adapter = loading._read_adapter
 
     def touch(executor: Any, copy: CachedArtifact, *arguments: Any) -> Any:
@@ -136,7 +110,7 @@ def test_files_that_change_while_they_are_read_answer_only_if_they_are_what_they
         return made
 
     monkeypatch.setattr(loading, "_read_adapter", touch)
-    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}], max_tokens=2)
+    response = served.post(CHAT, target, messages=user("a"), max_tokens=2)
     if is_damaged:
         assert (response.status_code, response.json()["error"]["code"]) == (503, "artifact_corrupt")
     else:
@@ -145,19 +119,18 @@ def test_files_that_change_while_they_are_read_answer_only_if_they_are_what_they
 
 @pytest.mark.usefixtures("_copies")
 def test_no_more_copies_are_kept_than_the_settings_allow(
-    served: Served, folder: Path, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
+    served: Served, artifacts: list[tuple[ModelTarget, Path]], tmp_path: Path
 ) -> None:
-    settings = make_settings(folder, cache_dir=tmp_path / "cache", max_cached_artifacts=1)
+    settings = make_settings(served.folder, cache_dir=tmp_path / "cache", max_cached_artifacts=1)
     models = Models(settings, served.engine)
     for target, _ in artifacts:
         copy = asyncio.run(models.get(target)).copy
-        assert copy is not None
         assert list((tmp_path / "cache" / "artifacts").iterdir()) == [copy.folder]
 
 
 def test_an_artifact_that_is_not_there_is_refused(served: Served) -> None:
     target = BARE.model_copy(update={"artifact": "projects/p/none", "digest": "sha256:" + "e" * 64})
-    response = served.post(CHAT, target, messages=[{"role": "user", "content": "a"}])
+    response = served.post(CHAT, target, messages=user("a"))
     assert response.json()["error"]["code"] == "artifact_corrupt"
 
 
@@ -193,104 +166,9 @@ def test_a_fault_of_our_own_answers_in_openais_shape_and_its_text_is_not_logged(
     assert "RuntimeError" in caplog.text and "swordfish" not in caplog.text
 
 
-def test_more_requests_than_may_wait_get_429_and_when_to_come_again(served: Served) -> None:
-    served.steps.gate.clear()
-    before = served.steps.num_prefills
-    with ThreadPoolExecutor(65) as pool:
-        running = pool.submit(served.chat, "a", max_tokens=1)
-        wait_until(lambda: served.steps.num_prefills > before, "the first prefill")
-        prompts = ["a"] * 32
-        waiting = [pool.submit(served.post, COMPLETIONS, prompt=prompts, max_tokens=1) for _ in range(2)]
-        wait_until(lambda: served.engine.num_waiting == 64, "a full queue")
-        refused = served.post(CHAT, messages=[{"role": "user", "content": "a"}])
-        served.steps.gate.set()
-        assert running.result()["choices"]
-        assert [len(future.result().json()["choices"]) for future in waiting] == [32, 32]
-    assert refused.status_code == 429
-    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-    assert int(refused.headers["retry-after"]) >= 1
-    assert served.chat("a", max_tokens=1)["choices"]
-
-
-@pytest.mark.parametrize("is_stream", [False, True])
-def test_a_client_that_leaves_frees_its_row(served: Served, is_stream: bool) -> None:
-    async def leave() -> None:
-        backend = open_backend("engine", served.url, "")
-        body = {"messages": [{"role": "user", "content": "a"}], "model": "m", "stream": is_stream}
-        asked = asyncio.create_task(
-            backend.complete(CHAT, json.dumps(body | {"max_tokens": 200, "temperature": 0}).encode(), BARE)
-        )
-        if is_stream:
-            reply = await asked
-            async for chunk in reply.events:
-                assert chunk.startswith(b"data: ")
-                break
-            served.steps.gate.clear()
-            await reply.aclose()
-        else:
-            while served.engine.num_running == 0:
-                await asyncio.sleep(0.001)
-            served.steps.gate.clear()
-            asked.cancel()
-            await asyncio.gather(asked, return_exceptions=True)
-        await backend.aclose()
-
-    wait_until(lambda: not served.engine.has_work, "an idle engine")
-    asyncio.run(leave())
-    wait_until(lambda: not served.service._open, "the server's notice")
-    steps = served.steps.num_steps
-    served.steps.gate.set()
-    wait_until(lambda: not served.engine.has_work, "the row's end")
-    assert served.steps.num_steps <= steps + 2
-
-
-def test_a_stream_whose_reader_is_cancelled_frees_its_row(served: Served) -> None:
-    async def leave() -> None:
-        backend = open_backend("engine", served.url, "")
-        body = {"messages": [{"role": "user", "content": "a"}], "model": "m", "stream": True}
-        reply = await backend.complete(CHAT, json.dumps(body | {"max_tokens": 200}).encode(), BARE)
-        served.steps.gate.clear()
-
-        async def read() -> None:
-            async for _ in reply.events:
-                pass
-
-        reader = asyncio.create_task(read())
-        await asyncio.sleep(0.05)
-        reader.cancel()
-        await asyncio.gather(reader, return_exceptions=True)
-        # The client lives on, as the API's does.
-        while served.service._open:
-            await asyncio.sleep(0.005)
-        await backend.aclose()
-
-    asyncio.run(asyncio.wait_for(leave(), 30))
-    served.steps.gate.set()
-    wait_until(lambda: not served.engine.has_work, "the row's end")
-
-
-def test_a_server_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
-    async def ask() -> None:
-        backend = open_backend("engine", f"unix://{tmp_path}/none.sock", "")
-        with pytest.raises(UnavailableError) as caught:
-            await backend.complete(CHAT, b"{}", BARE)
-        assert caught.value.http_status == 503
-        with pytest.raises(UnavailableError):
-            await backend.health()
-        await backend.aclose()
-
-    asyncio.run(ask())
-
-
 def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_in_order(served: Served) -> None:
-    body = {
-        "model": "m",
-        "prompt": ["a"] * 48,
-        "max_tokens": 200,
-        "logprobs": 5,
-        "temperature": 0,
-        "stream": True,
-    }
+    fields = {"prompt": ["a"] * 48, "max_tokens": 200, "logprobs": 5, "temperature": 0, "stream": True}
+    body = {"model": "m"} | fields
 
     async def run() -> list[bytes]:
         backend = open_backend("engine", served.url, "")
@@ -319,7 +197,7 @@ def test_a_client_that_does_not_read_holds_up_no_other_and_gets_all_in_order(ser
     wait_until(lambda: not served.service._open, "the stream's end")
 
 
-def test_a_project_that_fills_the_waiting_places_keeps_no_other_project_out(served: Served) -> None:
+def test_a_project_that_fills_the_queue_gets_429_and_keeps_no_other_out(served: Served) -> None:
     other = BARE.model_copy(update={"project_id": "proj_2"})
     served.steps.gate.clear()
     before = served.steps.num_prefills
@@ -331,7 +209,7 @@ def test_a_project_that_fills_the_waiting_places_keeps_no_other_project_out(serv
         wait_until(lambda: served.engine.num_waiting == 64, "a full queue")
         theirs = pool.submit(served.chat, "b", other, max_tokens=1)
         wait_until(lambda: served.engine.num_waiting == 65 or theirs.done(), "the other project's chat")
-        refused = served.post(CHAT, messages=[{"role": "user", "content": "a"}])
+        refused = served.post(CHAT, messages=user("a"))
         served.steps.gate.set()
         assert theirs.result()["choices"]
         # It was next in turn: of those that came before it most still run.
@@ -339,13 +217,14 @@ def test_a_project_that_fills_the_waiting_places_keeps_no_other_project_out(serv
         assert running.result()["choices"]
         assert [len(future.result().json()["choices"]) for future in waiting] == [32, 32]
     assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     # With the one that runs.
     assert "65 of this project have no answer yet" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+    assert served.chat("a", max_tokens=1)["choices"]
 
 
-def test_a_step_that_hangs_makes_the_server_unready_until_it_ends(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_hangs_makes_the_server_unready(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.engine, "_stall_seconds", 0.2, raising=False)
 
     def is_ready() -> bool:

@@ -8,8 +8,7 @@ import torch
 
 from luthier.core.inference import ModelTarget
 from luthier.data.rendering.tokenizer import Tokenizer
-from luthier.storage.store import Storage
-from tests.inference_server import BARE, COMPLETIONS, Served
+from tests.inference_server import BARE, COMPLETIONS, Served, publish
 from tests.tiny import CONTEXT_LENGTH
 from tests.unit.inference.artifacts import build_method_artifact, load_plain, method_logits
 
@@ -18,7 +17,6 @@ TEXTS = ["the sky is blue \N{EURO SIGN}5", "what is the colour of the sea?" * 3,
 
 @pytest.fixture(scope="module")
 def targets(folder: Path, base_folder: Path) -> list[tuple[ModelTarget, Path | None]]:
-    storage = Storage.open(f"file://{folder}/objects")
     tunings: list[dict[str, Any]] = [
         {"type": "lora", "rank": 4},
         {"type": "prefix", "num_virtual_tokens": 5, "init": "random"},
@@ -27,9 +25,7 @@ def targets(folder: Path, base_folder: Path) -> list[tuple[ModelTarget, Path | N
     found: list[tuple[ModelTarget, Path | None]] = [(BARE, None)]
     for seed, tuning in enumerate(tunings):
         artifact = build_method_artifact(folder / f"scored{seed}", base_folder, tuning, seed=seed)
-        storage.put_folder(artifact.folder, f"projects/p/scored{seed}")
-        changes = {"artifact": f"projects/p/scored{seed}", "digest": artifact.digest}
-        found.append((BARE.model_copy(update=changes), artifact.folder))
+        found.append((publish(folder, artifact.folder, f"scored{seed}"), artifact.folder))
     return found
 
 
@@ -44,31 +40,27 @@ def check_choice(
     choice: dict[str, Any], tokenizer: Tokenizer, ids: list[int], logprobs_TV: torch.Tensor
 ) -> None:
     """Check what a choice says of its prompt, and that its parts fit together."""
-    told = choice["logprobs"]
-    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
-    assert told["tokens"][: len(ids)] == [tokenizer.token_text(token_id) for token_id in ids]
+    rated = choice["logprobs"]
+    assert rated["token_logprobs"][0] is None and rated["top_logprobs"][0] is None
+    assert rated["tokens"][: len(ids)] == [tokenizer.token_text(token_id) for token_id in ids]
     for i, token_id in enumerate(ids[1:], 1):
         row_V = logprobs_TV[i - 1]
-        assert told["token_logprobs"][i] == pytest.approx(float(row_V[token_id]), abs=2e-4)
+        assert rated["token_logprobs"][i] == pytest.approx(float(row_V[token_id]), abs=2e-4)
         # How harnesses see whether a token is the likeliest.
-        is_greedy = told["token_logprobs"][i] == max(told["top_logprobs"][i].values())
+        is_greedy = rated["token_logprobs"][i] == max(rated["top_logprobs"][i].values())
         assert is_greedy == (int(row_V.argmax()) == token_id)
-    assert len({len(values) for values in told.values()}) == 1
-    for token, start in zip(told["tokens"], told["text_offset"], strict=True):
+    assert len({len(values) for values in rated.values()}) == 1
+    for token, start in zip(rated["tokens"], rated["text_offset"], strict=True):
         if "\ufffd" not in token and not token.startswith("<|"):
             assert choice["text"][start : start + len(token)] == token
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 6])
 @pytest.mark.parametrize("as_ids", [False, True])
-def test_an_echo_with_logprobs_tells_how_likely_the_prompts_were_under_each_kind_of_model(
-    served: Served,
-    base_folder: Path,
-    targets: list[tuple[ModelTarget, Path | None]],
-    max_tokens: int,
-    as_ids: bool,
+def test_an_echo_with_logprobs_says_how_likely_the_prompts_were_under_each_kind_of_model(
+    served: Served, targets: list[tuple[ModelTarget, Path | None]], max_tokens: int, as_ids: bool
 ) -> None:
-    tokenizer = Tokenizer.load(base_folder)
+    tokenizer = Tokenizer.load(served.base_folder)
     ids = [tokenizer.encode(text) for text in TEXTS]
     for target, artifact in targets:
         body = {"prompt": ids if as_ids else TEXTS, "max_tokens": max_tokens, "temperature": 0}
@@ -77,11 +69,11 @@ def test_an_echo_with_logprobs_tells_how_likely_the_prompts_were_under_each_kind
         plain = served.post(COMPLETIONS, target, logprobs=1, **body).json()
         assert scored.json()["usage"] == plain["usage"]
         for i, choice in enumerate(scored.json()["choices"]):
-            check_choice(choice, tokenizer, ids[i], logprobs_of(base_folder, artifact, ids[i]))
+            check_choice(choice, tokenizer, ids[i], logprobs_of(served.base_folder, artifact, ids[i]))
             expected = plain["choices"][i]
             assert choice["text"] == TEXTS[i] + expected["text"]
             assert choice["finish_reason"] == expected["finish_reason"]
-            # What is made after the prompt is told of as without an echo; also a token that ends the text.
+            # What is made after the prompt is rated as without an echo; also a token that ends the text.
             if max_tokens:
                 assert choice["logprobs"]["tokens"][len(ids[i]) :] == expected["logprobs"]["tokens"]
             if max_tokens == 1:
@@ -90,7 +82,7 @@ def test_an_echo_with_logprobs_tells_how_likely_the_prompts_were_under_each_kind
             assert choice["logprobs"]["text_offset"][len(ids[i]) :] == offsets
 
 
-def test_a_streams_echo_tells_what_the_whole_answers_does(served: Served) -> None:
+def test_a_streams_echo_says_what_the_whole_answers_does(served: Served) -> None:
     options: dict[str, Any] = {"prompt": TEXTS, "echo": True, "logprobs": 2, "max_tokens": 4}
     whole = served.post(COMPLETIONS, temperature=0, **options).json()["choices"]
     chunks = served.stream(COMPLETIONS, **options)
@@ -99,12 +91,12 @@ def test_a_streams_echo_tells_what_the_whole_answers_does(served: Served) -> Non
         assert parts[0]["text"] == TEXTS[index]
         assert "".join(part["text"] for part in parts) == choice["text"]
         for name, values in choice["logprobs"].items():
-            told = [value for part in parts if part["logprobs"] for value in part["logprobs"][name]]
+            streamed = [value for part in parts if part["logprobs"] for value in part["logprobs"][name]]
             if name in {"tokens", "text_offset"}:
-                assert told == values
+                assert streamed == values
 
 
-def test_an_end_of_text_is_told_of_as_a_token(served: Served, base_folder: Path) -> None:
+def test_an_end_of_text_is_rated_as_a_token(served: Served, base_folder: Path) -> None:
     tokenizer = Tokenizer.load(base_folder)
     [end] = tokenizer.encode("<|im_end|>")
     options: dict[str, Any] = {"max_tokens": 5, "logit_bias": {str(end): 100}, "echo": True, "logprobs": 0}

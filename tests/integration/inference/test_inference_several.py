@@ -30,8 +30,7 @@ class Processes:
     def state(self, number: int) -> dict[str, object]:
         transport = httpx2.HTTPTransport(uds=str(self.paths[number]))
         with httpx2.Client(transport=transport, base_url="http://inference", timeout=60) as client:
-            content: dict[str, object] = client.get("/internal/state").json()
-            return content
+            return client.get("/internal/state").json()
 
     def is_ready(self, number: int) -> bool:
         assert self.running[number].poll() is None
@@ -44,7 +43,7 @@ class Processes:
         return [
             number
             for number, process in enumerate(self.running)
-            if process.poll() is None and target.digest in list(self.state(number)["digests"])  # type: ignore[call-overload]
+            if process.poll() is None and target.digest in list(self.state(number)["digests"])
         ]
 
     def stop(self) -> None:
@@ -114,6 +113,6 @@ def test_a_model_stays_where_it_is_and_a_killed_process_takes_only_its_own_reque
     asyncio.run(asyncio.wait_for(run(), 120))
 
 
-def test_a_process_that_is_told_several_urls_says_what_to_do() -> None:
+def test_a_process_of_several_urls_says_what_to_do() -> None:
     with pytest.raises(LuthierError, match="names several servers"):
         open_socket("unix:///a.sock,unix:///b.sock")

@@ -1,14 +1,13 @@
 """Tools by the SDK: definitions go in, calls come out, whole and streamed, and their answers go in again."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from tests.inference_server import CHAT, Served
-from tests.tools_base import WITH_TOOLS, open_tools_client
+from tests.tools_base import WITH_TOOLS
 
 ASKED: list[Any] = [{"role": "user", "content": "the sky"}]
 LOOK: Any = {
@@ -30,15 +29,8 @@ GO: Any = {
 }
 
 
-@pytest.fixture(scope="module")
-def sdk_with_tools(sdk: openai.OpenAI, folder: Path) -> openai.OpenAI:
-    return open_tools_client(sdk, folder / "bases")
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_required_call_comes_whole_and_streamed_the_same(
-    sdk_with_tools: openai.OpenAI, temperature: float
-) -> None:
+def test_a_required_call_is_the_same_streamed(sdk_with_tools: openai.OpenAI, temperature: float) -> None:
     options: dict[str, Any] = {
         "model": "m",
         "messages": ASKED,

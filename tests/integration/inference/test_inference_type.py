@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,10 @@ from luthier.core.inference import ModelTarget
 from luthier.core.specs import CANARY_NAME, Canary
 from luthier.data.rendering.tokenizer import Tokenizer
 from luthier.storage.manifests import read_manifest, seal_folder
-from luthier.storage.store import Storage
 from luthier_cpu.codegen import kernels
 from tests import tiny
-from tests.inference_server import BARE, COMPLETIONS
-from tests.integration.inference.test_inference_process import start_process
+from tests.inference_server import BARE, COMPLETIONS, publish
+from tests.integration.inference.test_inference_process import started, until_ready
 from tests.unit.inference.artifacts import build_artifact, greedy, load_reference
 
 pytestmark = pytest.mark.skipif(
@@ -46,31 +44,14 @@ def folder() -> Iterator[Path]:
 @contextmanager
 def running(folder: Path, log: Path) -> Iterator[httpx2.Client]:
     """Run a server with the settings that it has by itself; `log` has what it wrote, afterwards."""
-    path = folder / "d.sock"
-    process = start_process(folder, LUTHIER_INFERENCE_URL=f"unix://{path}", LUTHIER_INFERENCE_DTYPE="auto")
-    transport = httpx2.HTTPTransport(uds=str(path))
-    try:
-        with httpx2.Client(transport=transport, base_url="http://inference", timeout=120) as client:
-
-            def is_ready() -> bool:
-                assert process.poll() is None
-                try:
-                    return bool(client.get("/healthz").json()["ready"])
-                except httpx2.TransportError:
-                    return False
-
-            # Imports take most of it, and kernels are compiled where they never were.
-            deadline = time.monotonic() + 180
-            while not is_ready():
-                assert time.monotonic() < deadline, "the base is not loaded"
-                time.sleep(0.1)
-            yield client
-    finally:
+    with started(folder, f"unix://{folder}/d.sock", LUTHIER_INFERENCE_DTYPE="auto") as (process, client):
+        until_ready(process, client)
+        yield client
         process.terminate()
         log.write_bytes(process.communicate(timeout=30)[1])
 
 
-def publish(folder: Path, name: str, logits_V: torch.Tensor, candidates: list[int]) -> ModelTarget:
+def publish_rated(folder: Path, name: str, logits_V: torch.Tensor, candidates: list[int]) -> ModelTarget:
     """Publish the artifact `made` once more, with what training would have recorded of some tokens."""
     building = folder / f".{name}"
     shutil.copytree(folder / "made", building)
@@ -81,9 +62,8 @@ def publish(folder: Path, name: str, logits_V: torch.Tensor, candidates: list[in
     config = json.loads((building / "adapter_config.json").read_text()) | {"revision": name}
     (building / "adapter_config.json").write_text(json.dumps(config))
     made = read_manifest(folder / "made")
-    manifest = seal_folder(building, folder / name, digested=made.digested, base_digest=made.base_digest)
-    Storage.open(f"file://{folder}/objects").put_folder(folder / name, f"projects/p/{name}")
-    return BARE.model_copy(update={"artifact": f"projects/p/{name}", "digest": manifest.digest})
+    seal_folder(building, folder / name, digested=made.digested, base_digest=made.base_digest)
+    return publish(folder, folder / name, name)
 
 
 def test_bfloat16_is_served_by_default_and_a_model_that_it_rounds_too_much_in_float32(
@@ -97,11 +77,9 @@ def test_bfloat16_is_served_by_default_and_a_model_that_it_rounds_too_much_in_fl
     likeliest = logits_V.topk(8).indices.tolist()
     # Rounding is a large part of these logits, and of no others.
     smallest = (logits_V.abs() - _SMALL).abs().topk(8, largest=False).indices.tolist()
-    good, rounded = (
-        publish(folder, "good", logits_V, likeliest),
-        publish(folder, "rounded", logits_V, smallest),
-    )
-    wrong = publish(folder, "wrong", logits_V.flip(0), likeliest)
+    good = publish_rated(folder, "good", logits_V, likeliest)
+    rounded = publish_rated(folder, "rounded", logits_V, smallest)
+    wrong = publish_rated(folder, "wrong", logits_V.flip(0), likeliest)
     body = {"model": "m", "prompt": [IDS], "max_tokens": 8, "temperature": 0}
     expected = greedy(reference, IDS, 8)
 

@@ -28,7 +28,7 @@ from luthier.serving import open_all
 from luthier.storage.manifests import read_manifest, seal_folder
 from luthier.storage.store import Storage
 from tests.conftest import wait_until
-from tests.integration.inference.test_inference_vllm import BASE, COMPLETIONS, ask, read
+from tests.integration.inference.test_inference_vllm import BASE, COMPLETIONS, answer, ask, joined
 from tests.stack import ROOT, free_port
 from tests.unit.inference.artifacts import build_artifact, load_reference
 
@@ -106,7 +106,6 @@ def _record(base_folder: Path, artifact: Path) -> Canary:
 
 
 def _publish(folder: Path, artifact: Path, canary: Canary) -> ModelTarget:
-    """Publish an adapter with a record of what it is to say."""
     name, manifest = artifact.name, read_manifest(artifact)
     building = folder / f".{name}.sealing"
     shutil.copytree(artifact, building)
@@ -145,10 +144,10 @@ def test_base_and_adapter_answer_by_vllm_itself(url: str, base_folder: Path, tmp
         for target in (bare, tuned):
             reply = await ask(backend, target, **wanted)
             assert reply.headers[HEADER_DIGEST].startswith("sha256:")
-            content = await read(reply)
+            content = json.loads(reply.content)
             assert (content["model"], content["usage"]["completion_tokens"] > 0) == (target.model, True)
             streamed = await ask(backend, target, stream=True, **wanted)
-            pieces = b"".join([piece async for piece in streamed.events]).decode().split("\n\n")
+            pieces = (await joined(streamed)).split("\n\n")
             assert pieces[-2] == "data: [DONE]"
             chunks = [json.loads(piece.removeprefix("data: ")) for piece in pieces[:-2]]
             text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
@@ -159,7 +158,7 @@ def test_base_and_adapter_answer_by_vllm_itself(url: str, base_folder: Path, tmp
         health = await backend.health()
         assert health.serves == {BASE_ID} and health.holds == {BASE_ID, str(tuned.digest)}
         # vLLM takes no n above 1 at temperature 0.
-        completion = await read(await ask(backend, tuned, COMPLETIONS, n=2, logprobs=2, max_tokens=3))
+        completion = await answer(backend, tuned, COMPLETIONS, n=2, logprobs=2, max_tokens=3)
         assert len(completion["choices"]) == 2
         with pytest.raises(SelfCheckError, match="does not say what training recorded"):
             await ask(backend, wrong, **wanted)

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -10,8 +9,8 @@ import pytest
 
 from luthier.inference.openai import generation, generation_request
 from luthier.serving import open_backend
-from tests.inference_server import BARE, CHAT, COMPLETIONS, Served, wait_until
-from tests.tools_base import open_tools_client
+from tests.conftest import wait_until
+from tests.inference_server import BARE, CHAT, COMPLETIONS, Served
 
 HELLO = [{"role": "user", "content": "a"}]
 LIMIT = 2000
@@ -26,20 +25,19 @@ def _limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def refusal(served: Served, path: str, **body: Any) -> dict[str, Any]:
     response = served.post(path, **body)
     assert response.status_code == 400, response.text
-    error: dict[str, Any] = response.json()["error"]
-    return error
+    return response.json()["error"]
 
 
 def test_a_chat_with_more_log_probabilities_than_the_server_holds_is_refused_unless_it_is_streamed(
-    served: Served, sdk: openai.OpenAI, folder: Path
+    served: Served, sdk_with_tools: openai.OpenAI
 ) -> None:
-    tools = open_tools_client(sdk, folder / "bases")
+    tools = sdk_with_tools
     asked: dict[str, Any] = {"model": "m", "messages": HELLO, "n": 128, "logprobs": True, "top_logprobs": 20}
     with pytest.raises(openai.BadRequestError) as caught:
         tools.chat.completions.create(**asked, max_tokens=800)
     assert caught.value.param == "top_logprobs"
-    for told in ("2000000", str(128 * 800 * 21), "stream: true", "lower n", "max_tokens"):
-        assert told in caught.value.message
+    for part in ("2000000", str(128 * 800 * 21), "stream: true", "lower n", "max_tokens"):
+        assert part in caught.value.message
     with tools.chat.completions.create(**asked, max_tokens=800, stream=True) as stream:
         assert next(iter(stream)).choices
     wait_until(lambda: not served.engine.has_work, "the stream's end")
@@ -81,7 +79,7 @@ def test_log_probabilities_of_completions_and_of_echoed_prompts_are_counted(
         assert served.post(COMPLETIONS, **body).status_code == 200
 
 
-def test_a_stream_that_nobody_reads_ends_with_an_error_before_it_fills_the_memory(
+def test_a_stream_without_a_reader_ends_with_an_error_before_it_fills_the_memory(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generation, "MAX_LOGPROBS", LIMIT)
