@@ -1,6 +1,7 @@
 """A supervised stack as a process of its own, for tests that signal and kill its parts."""
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,6 +11,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import openai
 
 from luthier.bases.catalogue import load_catalogue
 from luthier.bases.fetch import ensure_base
@@ -103,6 +107,14 @@ class Stack:
     def log(self, name: str) -> str:
         return (self.home / "logs" / f"{name}.log").read_text()
 
+    def connection(self) -> dict[str, str]:
+        """Return the base URL and the API key, by the names that the SDK has for them."""
+        return json.loads((self.home / "connection.json").read_text())
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        """Return the SDK, which repeats nothing unless it is asked to."""
+        return openai.OpenAI(**self.connection(), **{"max_retries": 0, "timeout": 120} | options)
+
     def pid_of(self, part: str) -> int:
         for pid in descendants(self.running.pid):
             if part.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -118,6 +130,18 @@ class Stack:
 def up_command(home: Path, port: int) -> list[str]:
     """Return the command of the whole real service."""
     return [sys.executable, "-m", "luthier.cli.main", "up", "--home", str(home), "--port", str(port)]
+
+
+@contextlib.contextmanager
+def real_stack(**environment: str) -> Iterator[Stack]:
+    """Hold the whole real service over the bases that are fetched, ready."""
+    with stack_folder() as folder:
+        made = Stack(folder, up_command)
+        made.environment |= environment
+        try:
+            yield made.start().until_ready()
+        finally:
+            made.stop()
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from luthier.training.loop.evaluation import general_passages
 from luthier.training.process_io import EventWriter, StopRequest
 from luthier.training.run import run
 
+# Writes a run directory: its name, and the options of `build_tiny_run`.
+Build = Callable[..., Path]
 KINDS = frozenset({"started", "step", "evaluated", "checkpoint", "save_point"})
 
 

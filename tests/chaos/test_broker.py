@@ -20,7 +20,7 @@ from luthier.cli.stack.processes import spawn
 from luthier.cli.stack.valkey import open_valkey
 from luthier.core.settings import Settings
 from services.task_queue import QUEUE, TASK_NAME
-from tests.conftest import Api, wait_until
+from tests.conftest import wait_until
 from tests.folders import TEMPORARY_FOLDER
 from tests.training import create_short_job
 from tests.workers import running_worker
@@ -50,16 +50,8 @@ def broker() -> Iterator[Broker]:
         shutil.rmtree(folder)
 
 
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
 def _wait_for_success(client: openai.OpenAI, job_id: str) -> None:
-    wait_until(
-        lambda: client.fine_tuning.jobs.retrieve(job_id).status in ("succeeded", "failed"),
-        what="the job ends",
-    )
+    wait_until(lambda: client.fine_tuning.jobs.retrieve(job_id).finished_at, what="the job ends")
     job = client.fine_tuning.jobs.retrieve(job_id)
     assert job.status == "succeeded", job.error
 

@@ -76,9 +76,7 @@ def test_a_database_that_stalls_costs_a_request_seconds_and_is_used_again_when_i
     proxy.close()
 
 
-def test_a_statement_that_is_stalled_half_way_ends_its_transaction(
-    proxy: StallingProxy, proxied: Settings
-) -> None:
+def test_a_stalled_statement_ends_its_transaction(proxy: StallingProxy, proxied: Settings) -> None:
     database = Database(proxied.database_url.get_secret_value(), pool_size=1, answer_seconds=1)
     began = time.monotonic()
     with pytest.raises(UnavailableError), database.transaction() as session:
@@ -105,14 +103,10 @@ def _create(client: openai.OpenAI, *, n_epochs: int = 1) -> str:
     ).id
 
 
-def _client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
 def test_a_stall_costs_no_lease_whatever_the_database_says_afterwards(
     api: Api, proxy: StallingProxy, proxied: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_id = _create(_client(api))
+    job_id = _create(api.client())
     context = make_context(proxied.model_copy(update={"lease_seconds": 30}))
     with context.database.transaction() as session:
         lease = leases.claim_for_preparing(session, job_id, context.worker_id, 30)
@@ -140,10 +134,10 @@ def _count_renewals(monkeypatch: pytest.MonkeyPatch) -> list[Lease]:
     renew = leases.renew
 
     def count(session: object, lease: Lease, lease_seconds: float) -> object:
-        status = renew(session, lease, lease_seconds)  # type: ignore[arg-type]
+        status = renew(session, lease, lease_seconds)
         if len(renewed) == 1:
             renewed.append(lease)
-            raise ValueError("an answer that nobody thought of")
+            raise ValueError("an unforeseen answer")
         renewed.append(lease)
         return status
 
@@ -162,7 +156,7 @@ def test_nothing_is_taken_until_the_database_was_seen_for_a_whole_lease() -> Non
 
 
 def test_a_sweeper_that_has_just_come_back_takes_no_job(api: Api, settings: Settings) -> None:
-    job_id = _create(_client(api))
+    job_id = _create(api.client())
     with api.state.database.transaction() as session:
         assert leases.claim_for_preparing(session, job_id, "worker", -1) is not None
     context = make_context(settings)
@@ -183,9 +177,7 @@ def test_a_sweeper_that_has_just_come_back_takes_no_job(api: Api, settings: Sett
 
 
 @pytest.mark.full
-def test_an_outage_of_two_leases_is_no_crash_of_the_jobs_that_trained(
-    tiny_base: Path, tmp_path: Path
-) -> None:
+def test_an_outage_of_two_leases_is_no_crash_of_jobs_that_trained(tiny_base: Path, tmp_path: Path) -> None:
     with running_postgres() as server, fresh_database(server) as database:
         # Renewed once a second: who sweeps is most often back before who renews.
         slow = {"lease_seconds": 4, "control_seconds": 1, "heartbeat_seconds": 1}
@@ -196,7 +188,7 @@ def test_an_outage_of_two_leases_is_no_crash_of_the_jobs_that_trained(
             running_worker(settings, tmp_path / "a.log", "--no-broker"),
             running_worker(settings, tmp_path / "b.log", "--no-broker"),
         ):
-            client = _client(api)
+            client = api.client()
             disturbed = [_create(client, n_epochs=10) for _ in range(2)]
 
             def steps() -> list[int]:

@@ -1,7 +1,6 @@
 """kill -9 of parts of the real service at random moments: each job ends once, and nothing is left over."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -11,8 +10,9 @@ from collections.abc import Iterator
 import openai
 import pytest
 
+from tests.conftest import wait_until
 from tests.rows import colour_rows, jsonl
-from tests.stack import Stack, tiny_stack, wait_until
+from tests.stack import Stack, tiny_stack
 from tests.tiny import BASE_ID
 
 _PARTS = {
@@ -43,11 +43,6 @@ def stack() -> Iterator[Stack]:
         LUTHIER_MAX_ATTEMPTS="100",
     ) as made:
         yield made
-
-
-def _client(stack: Stack) -> openai.OpenAI:
-    connection = json.loads((stack.home / "connection.json").read_text())
-    return openai.OpenAI(**connection, max_retries=0, timeout=20)
 
 
 def _create(client: openai.OpenAI) -> str | None:
@@ -103,7 +98,7 @@ def _left_over(stack: Stack, client: openai.OpenAI, job_ids: list[str]) -> list[
 def test_every_acknowledged_job_ends_once_and_nothing_is_left_over(stack: Stack) -> None:
     seed = random.randrange(10**6)
     print("seed", seed)
-    moments, client, job_ids = random.Random(seed), _client(stack), []
+    moments, client, job_ids = random.Random(seed), stack.client(timeout=20), []
     parts = [part for part in _PARTS for _ in range(_NUM_KILLS)]
     # Ten losses of a worker in a row, without a step between them, would rightly fail a job.
     moments.shuffle(parts)
@@ -113,7 +108,7 @@ def test_every_acknowledged_job_ends_once_and_nothing_is_left_over(stack: Stack)
             if job_id is not None:
                 job_ids.append(job_id)
         time.sleep(moments.uniform(0.0, 3.0))
-        wait_until(lambda part=part: _kill(stack, part), f"{part} runs")  # type: ignore[misc]
+        wait_until(lambda part=part: _kill(stack, part), f"{part} runs")
         wait_until(lambda: _is_answering(client), "the API answers")
     print(len(job_ids), "jobs acknowledged")
     assert job_ids

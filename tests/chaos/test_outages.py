@@ -5,39 +5,31 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import kombu.exceptions
-import openai
 import pytest
 
-from db.tables import Attempt, Job
 from luthier.core.errors import UnavailableError
 from luthier.core.settings import Settings
+from luthier.storage.store import Storage
 from services.jobs import leases
 from services.task_queue import TASK_NAME, TaskNotifier, make_celery
 from tests.conftest import Api
-from tests.rows import colour_rows, jsonl
-from tests.training import create_short_job, fork_server, train_next
+from tests.training import Jobs, make_worker, train_next
 from worker.app import sweep
-from worker.context import WorkerContext, make_context
+from worker.context import WorkerContext
 from worker.maintenance import collect_garbage
 from worker.processes import work
 from worker.tasks.prepare import prepare
 
 
 @pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
-@pytest.fixture
 def context(settings: Settings, api: Api) -> WorkerContext:
-    made = make_context(settings.model_copy(update={"sweep_seconds": 0.05}))
-    made.notify = api.notified.append
-    made.fork_server = fork_server()
-    return made
+    return make_worker(settings.model_copy(update={"sweep_seconds": 0.05}), api)
 
 
 def test_a_burst_of_requests_is_answered_whole(api: Api) -> None:
@@ -69,122 +61,90 @@ def test_a_notification_to_a_broker_that_never_answers_returns_at_once(silent_br
     assert not ringing.is_alive()
 
 
-def test_two_notifications_at_start_never_put_two_jobs_into_one_slot(
-    client: openai.OpenAI, context: WorkerContext
-) -> None:
+def test_two_notifications_at_start_never_put_two_jobs_into_one_slot(jobs: Jobs) -> None:
     for _ in range(2):
-        prepare(context, create_short_job(client))
+        jobs.prepared()
     taken: list[object] = []
     barrier = threading.Barrier(2)
 
     def claim() -> None:
         barrier.wait()
-        with context.database.transaction() as session:
-            found = leases.claim_for_training(session, context.worker_id, 1, 30)
+        with jobs.context.database.transaction() as session:
+            found = leases.claim_for_training(session, jobs.context.worker_id, 1, 30)
         if found is not None:
             taken.append(found)
 
-    threads = [threading.Thread(target=claim) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(claim) for _ in range(2)]:
+            future.result()
     assert len(taken) == 1
 
 
-def _break(monkeypatch: pytest.MonkeyPatch, context: WorkerContext, name: str) -> None:
+@contextmanager
+def _without(storage: Storage, name: str) -> Iterator[None]:
+    """One of storage's verbs can't be used."""
+
     def away(*_: object, **__: object) -> None:
         raise UnavailableError("The storage of files and models can't be used right now; try again.")
 
-    monkeypatch.setattr(context.storage, name, away)
-
-
-def _end_pause(context: WorkerContext, job_id: str) -> None:
-    """Let the time come at which a job that was put off is tried again."""
-    with context.database.transaction() as session:
-        job = session.get_one(Job, job_id)
-        assert job.not_before is not None
-        job.not_before = None
-
-
-def test_storage_that_is_away_costs_a_job_no_attempt(client: openai.OpenAI, context: WorkerContext) -> None:
-    job_id = create_short_job(client)
     with pytest.MonkeyPatch.context() as broken:
-        _break(broken, context, "fetch_file")
+        broken.setattr(storage, name, away)
+        yield
+
+
+def test_storage_that_is_away_costs_a_job_no_attempt(jobs: Jobs, context: WorkerContext) -> None:
+    job_id = jobs.create()
+    with _without(context.storage, "fetch_file"):
         for _ in range(5):
             prepare(context, job_id)
-            _end_pause(context, job_id)
-    job = client.fine_tuning.jobs.retrieve(job_id)
-    assert (job.status, job.error) == ("validating_files", None)
+            assert jobs.row(job_id).not_before is not None
+            jobs.end_pause(job_id)
+    assert (jobs.status(job_id), jobs.get(job_id).error) == ("validating_files", None)
     prepare(context, job_id)
-    with pytest.MonkeyPatch.context() as broken:
-        _break(broken, context, "fetch_folder")
+    with _without(context.storage, "fetch_folder"):
         for _ in range(5):
             assert train_next(context)
-            _end_pause(context, job_id)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+            assert jobs.row(job_id).not_before is not None
+            jobs.end_pause(job_id)
+    assert jobs.status(job_id) == "queued"
     work(context)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
-    with context.database.transaction() as session:
-        assert session.get_one(Job, job_id).num_crashes == 0
-        outcomes = [
-            a.outcome for a in session.query(Attempt).filter_by(job_id=job_id).order_by("lease_epoch")
-        ]
-    assert outcomes == [*["unavailable"] * 5, "prepared", *["unavailable"] * 5, "succeeded"]
+    assert (jobs.status(job_id), jobs.row(job_id).num_crashes) == ("succeeded", 0)
+    away = ["unavailable"] * 5
+    assert jobs.outcomes(job_id) == [*away, "prepared", *away, "succeeded"]
 
 
-def test_a_lease_is_kept_while_a_run_directory_is_filled(
-    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job_id = create_short_job(client)
-    prepare(context, job_id)
-    fetch = context.storage.fetch_folder
+def test_a_lease_is_kept_while_a_run_directory_is_filled(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = jobs.prepared()
+    fetch = jobs.context.storage.fetch_folder
 
     def slow(prefix: str, destination: Path) -> object:
-        deadline = time.monotonic() + 2 * context.settings.lease_seconds
+        deadline = time.monotonic() + 2 * jobs.context.settings.lease_seconds
         while time.monotonic() < deadline:
-            sweep(context)
+            sweep(jobs.context)
             time.sleep(0.3)
         return fetch(prefix, destination)
 
-    monkeypatch.setattr(context.storage, "fetch_folder", slow)
-    work(context)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
-    with context.database.transaction() as session:
-        assert session.get_one(Job, job_id).lease_epoch == 2
+    monkeypatch.setattr(jobs.context.storage, "fetch_folder", slow)
+    work(jobs.context)
+    assert (jobs.status(job_id), jobs.row(job_id).lease_epoch) == ("succeeded", 2)
 
 
-def test_a_training_file_that_changed_in_storage_is_never_trained_on(
-    client: openai.OpenAI, context: WorkerContext
-) -> None:
-    job_id = create_short_job(client)
-    root = context.storage.local_root
-    assert root is not None
+def test_a_training_file_that_changed_in_storage_is_never_trained_on(jobs: Jobs) -> None:
+    job_id = jobs.create()
+    root = jobs.context.storage.local_root
     (stored,) = (path for path in root.rglob("file-*") if path.is_file())
     stored.write_bytes(stored.read_bytes().replace(b"red", b"rad"))
-    work(context)
-    job = client.fine_tuning.jobs.retrieve(job_id)
-    assert job.status == "failed"
-    assert job.error is not None
-    assert job.error.code == "artifact_corrupt"
+    work(jobs.context)
+    assert jobs.error(job_id).code == "artifact_corrupt"
 
 
-def test_bytes_that_could_not_be_deleted_are_deleted_later(
-    api: Api, client: openai.OpenAI, context: WorkerContext
-) -> None:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    root = api.state.storage.local_root
-    assert root is not None
-    with pytest.MonkeyPatch.context() as broken:
-
-        def away(*_: object) -> None:
-            raise UnavailableError("away")
-
-        broken.setattr(api.state.storage, "delete", away)
-        assert client.files.delete(file.id).deleted
-    assert [path for path in root.rglob("file-*") if path.is_file()]
-    collect_garbage(context, grace_seconds=0)
-    assert not [path for path in root.rglob("file-*") if path.is_file()]
+def test_bytes_that_could_not_be_deleted_are_deleted_later(api: Api, jobs: Jobs) -> None:
+    file_id = jobs.upload()
+    with _without(api.state.storage, "delete"):
+        assert jobs.client.files.delete(file_id).deleted
+    assert file_id in api.stored_objects()
+    collect_garbage(jobs.context, grace_seconds=0)
+    assert api.stored_objects() == []
 
 
 def test_a_large_body_is_refused_on_every_route_and_read_for_a_known_key_alone(api: Api) -> None:

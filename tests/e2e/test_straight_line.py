@@ -1,12 +1,12 @@
 """The straight line with the real small model: upload, fine-tune through kills, chat, download, restart."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ import pytest
 from luthier.bases.catalogue import base_folder, find_base_facts
 from luthier.client import LuthierClient
 from luthier.core.settings import Settings
-from tests.stack import ROOT, Stack, descendants, is_alive, stack_folder, up_command, wait_until
+from tests.conftest import wait_until
+from tests.stack import ROOT, Stack, descendants, is_alive, real_stack
 
 BASE = "smollm2-135m-instruct"
 NUM_ROWS = 12
 NUM_ANSWERS = 4
 _TRAIN_FILE = ROOT / "examples" / "support" / "train.jsonl"
 _HELD_OUT_FILE = ROOT / "examples" / "support" / "heldout.jsonl"
+# Training on a busy machine takes its time.
+_wait = functools.partial(wait_until, seconds=300)
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +39,20 @@ def base() -> Path:
 
 @pytest.fixture(scope="module")
 def stack(base: Path) -> Iterator[Stack]:
-    with stack_folder() as folder:
-        made = Stack(folder, up_command)
-        made.environment |= {
-            "LUTHIER_INFERENCE_DTYPE": "float32",
-            # Short, so that a dead worker's job is taken over within seconds.
-            "LUTHIER_LEASE_SECONDS": "4",
-            "LUTHIER_HEARTBEAT_SECONDS": "1",
-            "LUTHIER_SWEEP_SECONDS": "1",
-            # A process that waits for a job must not be taken for the one that trains.
-            "LUTHIER_WARM_SPARE_SECONDS": "0",
-        }
-        try:
-            yield made.start().until_ready()
-        finally:
-            made.stop()
-
-
-def _connection(stack: Stack) -> dict[str, str]:
-    found: dict[str, str] = json.loads((stack.home / "connection.json").read_text())
-    return found
+    with real_stack(
+        # Short, so that a dead worker's job is taken over within seconds.
+        LUTHIER_LEASE_SECONDS="4",
+        LUTHIER_HEARTBEAT_SECONDS="1",
+        LUTHIER_SWEEP_SECONDS="1",
+        # A process that waits for a job must not be taken for the one that trains.
+        LUTHIER_WARM_SPARE_SECONDS="0",
+    ) as made:
+        yield made
 
 
 @pytest.fixture
 def client(stack: Stack) -> openai.OpenAI:
-    return openai.OpenAI(**_connection(stack), max_retries=0, timeout=120)
+    return stack.client()
 
 
 def _messages(client: openai.OpenAI, job_id: str) -> list[str]:
@@ -72,17 +64,10 @@ def _step(client: openai.OpenAI, job_id: str) -> int:
     return int(steps[0].split()[1].split("/")[0]) if steps else 0
 
 
-def _wait(condition: Any, what: str, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def job(stack: Stack) -> Any:
     """A job whose training process and then whose worker were killed on the way."""
-    client = openai.OpenAI(**_connection(stack), max_retries=2, timeout=60)
+    client = stack.client(max_retries=2, timeout=60)
     rows = _TRAIN_FILE.read_bytes().splitlines(keepends=True)[:NUM_ROWS]
     file = client.files.create(file=("rows.jsonl", b"".join(rows)), purpose="fine-tune")
     made = client.fine_tuning.jobs.create(
@@ -155,8 +140,7 @@ def test_answers_equal_the_downloaded_adapter_in_plain_peft(
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
-    connection = _connection(stack)
-    with LuthierClient(connection["base_url"], connection["api_key"]) as ours:
+    with LuthierClient(**stack.connection()) as ours:
         ours.download_model(job.fine_tuned_model, tmp_path / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -187,15 +171,15 @@ def test_answers_equal_the_downloaded_adapter_in_plain_peft(
 
 
 def test_all_answers_again_after_a_restart(client: openai.OpenAI, job: Any, stack: Stack) -> None:
-    before = _connection(stack)
+    before = stack.connection()
     files = {file.id for file in client.files.list()}
     answer = _ask(client, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content
     stack.stop()
     stack.start(LUTHIER_WARM_SPARE_SECONDS="60").until_ready()
     # One for each process of the worker, before there is a job.
     wait_until(lambda: _num_spares(stack) == 2, what="processes with their imports done wait for jobs")
-    assert _connection(stack) == before
-    again = openai.OpenAI(**before, timeout=120)
+    assert stack.connection() == before
+    again = stack.client()
     assert {file.id for file in again.files.list()} == files
     assert again.fine_tuning.jobs.retrieve(job.id) == job
     assert _ask(again, job.fine_tuned_model, "Where is my parcel?").choices[0].message.content == answer
@@ -212,7 +196,7 @@ def _num_spares(stack: Stack) -> int:
 
 @pytest.mark.full
 def test_the_quickstart_of_the_readme_runs_as_printed(stack: Stack) -> None:
-    connection = _connection(stack)
+    connection = stack.connection()
     environment = os.environ | {
         "OPENAI_BASE_URL": connection["base_url"],
         "OPENAI_API_KEY": connection["api_key"],

@@ -7,7 +7,8 @@ from pathlib import Path
 import openai
 
 from tests.architecture.sources import ROOMS
-from tests.stack import ROOT, Stack, tiny_stack, wait_until
+from tests.conftest import wait_until
+from tests.stack import ROOT, Stack, tiny_stack
 from tests.tiny import BASE_ID
 
 # The number only shrinks, to 30.

@@ -8,7 +8,6 @@ import resource
 import tracemalloc
 from itertools import count
 
-import httpx2
 import pytest
 
 from luthier.core.errors import InvalidFileFormatError
@@ -74,13 +73,7 @@ def processor_seconds() -> float:
 def test_a_hostile_line_is_refused_in_seconds(shape: str, api: Api) -> None:
     line = SHAPES[shape]()[: 8 * 1024 * 1024]
     before = processor_seconds()
-    answer = httpx2.post(
-        f"{api.base_url}/v1/files",
-        headers=api.headers,
-        data={"purpose": "fine-tune"},
-        files={"file": ("rows.jsonl", line)},
-        timeout=120,
-    )
+    answer = api.upload(line, timeout=120)
     taken = processor_seconds() - before
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_file_format"), answer.text
     assert len(answer.text) < 2000

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from luthier.core.inference import HEADER_TOKEN
-from tests.stack import ROOT, free_port, wait_until
+from tests.conftest import wait_until
+from tests.stack import ROOT, free_port
 
 _HEADER_SECONDS = _BODY_SECONDS = 1.0
 _MAX_CONNECTIONS = 8
@@ -118,7 +119,14 @@ def _trickle_until_closed(connection: socket.socket, byte: bytes) -> None:
     pytest.fail("the connection is still open")
 
 
-def _check_headers_are_bounded(port: int) -> None:
+@pytest.fixture(params=["api", "inference"])
+def port(request: pytest.FixtureRequest) -> int:
+    """The port of either server: they have the same limits."""
+    found = request.getfixturevalue(request.param)
+    return found[0] if request.param == "api" else found
+
+
+def test_headers_are_bounded_in_bytes_and_the_refusal_says_so(port: int) -> None:
     answer = _ask(port, _HEALTH + b"x-long: " + b"a" * 70_000)
     assert answer.startswith(b"HTTP/1.1 431 ")
     assert _error(answer) == "headers_too_large"
@@ -128,26 +136,13 @@ def _check_headers_are_bounded(port: int) -> None:
     assert b"200 OK" in _ask(port, _HEALTH + b"x: " + b"a" * 60_000 + b"\r\nconnection: close\r\n\r\n")
 
 
-def _check_silence_is_bounded(port: int) -> None:
+def test_a_connection_that_sends_no_whole_headers_is_closed(port: int) -> None:
     with _connection(port) as silent, _connection(port) as half, _connection(port) as slow:
         half.sendall(_HEALTH[:20])
         slow.sendall(_HEALTH[:20])
         assert _read_to_end(silent) == b""
         assert _read_to_end(half) == b""
         _trickle_until_closed(slow, b"a")
-
-
-def test_headers_are_bounded_in_bytes_and_the_refusal_says_so(api: tuple[int, int]) -> None:
-    _check_headers_are_bounded(api[0])
-
-
-def test_a_connection_that_sends_no_whole_headers_is_closed(api: tuple[int, int]) -> None:
-    _check_silence_is_bounded(api[0])
-
-
-def test_an_inference_server_on_tcp_has_the_same_limits(inference: int) -> None:
-    _check_headers_are_bounded(inference)
-    _check_silence_is_bounded(inference)
 
 
 def test_a_second_request_of_a_connection_has_the_same_limits(api: tuple[int, int]) -> None:
@@ -158,9 +153,7 @@ def test_a_second_request_of_a_connection_has_the_same_limits(api: tuple[int, in
         _trickle_until_closed(connection, b"a")
 
 
-def test_a_body_that_pauses_too_long_ends_its_connection_and_a_slow_one_does_not(
-    api: tuple[int, int],
-) -> None:
+def test_a_body_that_pauses_ends_its_connection_and_a_slow_one_does_not(api: tuple[int, int]) -> None:
     with _connection(api[0]) as silent:
         silent.sendall(_POST + b"content-length: 100\r\n\r\n{")
         assert _read_to_end(silent) == b""

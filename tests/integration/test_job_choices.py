@@ -1,26 +1,20 @@
 """What a job may choose, its method and its result, with the real training process."""
 
-import httpx2
 import openai
 import pytest
 
 from luthier.client import LuthierClient
 from luthier.methods import discover
 from tests.conftest import Api
-from tests.rows import colour_rows, jsonl
+from tests.rows import colour_rows
+from tests.training import Jobs
 from worker.context import WorkerContext
 from worker.processes import work
 
 
-@pytest.fixture
-def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
-
-
 def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
-    api: Api, client: openai.OpenAI, context: WorkerContext
+    api: Api, jobs: Jobs, client: openai.OpenAI, context: WorkerContext
 ) -> None:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(30))), purpose="fine-tune")
     training = {
         "precision": "float32",
         "validation_split": 0.2,
@@ -31,15 +25,10 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
         "keep_best": True,
         "sample_prompts": ["what is the colour of number 3?"],
     }
-    job_id = client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=file.id,
-        seed=1,
-        extra_body={"training": training, "hyperparameters": {"n_epochs": 30, "batch_size": 8}},
-    ).id
+    hyperparameters = {"n_epochs": 30, "batch_size": 8}
+    job_id = jobs.create(rows=colour_rows(30), training=training, hyperparameters=hyperparameters)
     work(context)
-    job = client.fine_tuning.jobs.retrieve(job_id)
-    assert job.status == "succeeded", job.error
+    job = jobs.succeeded(job_id)
     with LuthierClient(f"{api.base_url}/v1", api.key) as ours:
         run = ours.get_report(job_id)["run"]
 
@@ -54,7 +43,7 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
     names = {entry.step_number: entry.fine_tuned_model_checkpoint for entry in checkpoints}
     assert names[best["step"]] == job.fine_tuned_model
     assert len(checkpoints) == 3
-    model = httpx2.get(f"{api.base_url}/v1/models/{job.fine_tuned_model}", headers=api.headers).json()
+    model = api.ok("GET", f"/models/{job.fine_tuned_model}")
     assert model["digest"] == run["artifact_digest"]
 
     answers = [evaluation["answers"][0]["answer"] for evaluation in run["evaluations"]]
@@ -69,23 +58,14 @@ def test_the_best_checkpoint_of_a_training_that_stopped_early_is_the_model(
 
 @pytest.mark.parametrize("method", discover())
 def test_a_job_by_every_method_becomes_a_model_whose_report_names_its_size(
-    api: Api, client: openai.OpenAI, context: WorkerContext, method: str
+    api: Api, jobs: Jobs, context: WorkerContext, method: str
 ) -> None:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(12))), purpose="fine-tune")
-    job_id = client.fine_tuning.jobs.create(
-        model="tiny-llama",
-        training_file=file.id,
-        seed=1,
-        extra_body={"tuning": {"type": method}, "hyperparameters": {"n_epochs": 1, "batch_size": 4}},
-    ).id
+    job_id = jobs.create(tuning={"type": method}, training={})
     work(context)
-    job = client.fine_tuning.jobs.retrieve(job_id)
-    assert job.status == "succeeded", job.error
+    job = jobs.succeeded(job_id)
     assert "auto" not in str(job.to_dict()["tuning"])
-    url = f"{api.base_url}/v1/models/{job.fine_tuned_model}/files"
-    files = {entry["name"]: entry["bytes"] for entry in httpx2.get(url, headers=api.headers).json()["data"]}
-    with LuthierClient(f"{api.base_url}/v1", api.key) as ours:
-        run = ours.get_report(job_id)["run"]
+    files = api.ok("GET", f"/models/{job.fine_tuned_model}/files")["data"]
+    run = jobs.report(job_id)["run"]
     assert run["method"] == method
-    assert 0 < run["artifact_bytes"] < sum(files.values())
+    assert 0 < run["artifact_bytes"] < sum(entry["bytes"] for entry in files)
     assert 0 < run["num_trained_parameters"] <= run["num_base_parameters"]

@@ -5,53 +5,52 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from db.tables import Checkpoint, Job, JobEvent
 from luthier.core.ids import new_id
+from luthier.core.specs import TrainingSpec
 from services.accounts.auth import Principal
 from services.jobs import events, jobs
 from services.jobs.events import NewEvent
+from services.models import models
 from tests.conftest import Api
 from tests.integration.training_script import BASE_FACTS
 from tests.rows import colour_rows, jsonl
 
+pytestmark = pytest.mark.shared_api
 NUM_ROWS = 11
-
-
-@pytest.fixture(scope="module")
-def api(module_api: Api) -> Api:
-    return module_api
 
 
 @pytest.fixture
 def job_ids(api: Api) -> list[str]:
     """Eleven jobs, newest first, of which many were made in the same microsecond."""
-    form = {"purpose": (None, "fine-tune"), "file": ("rows.jsonl", jsonl(colour_rows()))}
-    file = httpx2.post(f"{api.base_url}/v1/files", headers=api.headers, files=form).json()["id"]
-    body = {"model": "tiny-llama", "training_file": file}
-    url = f"{api.base_url}/v1/fine_tuning/jobs"
-    first = httpx2.post(url, headers=api.headers, json=body).json()["id"]
+    first = api.create_job(api.upload_file(jsonl(colour_rows())))["id"]
     with api.state.database.transaction() as session:
         for table in ("checkpoints", "models", "job_events"):
             session.execute(text(f"DELETE FROM {table} WHERE job_id <> :id"), {"id": first})
         session.execute(text("DELETE FROM jobs WHERE id <> :id"), {"id": first})
     for _ in range(NUM_ROWS - 1):
         _copy_job(api, first)
+    return _newest_first(api)
+
+
+def _newest_first(api: Api) -> list[str]:
     with api.state.database.transaction() as session:
-        rows = session.query(Job.id).order_by(Job.created_at.desc(), Job.id.desc())
-        return [row[0] for row in rows]
+        return list(session.scalars(select(Job.id).order_by(Job.created_at.desc(), Job.id.desc())))
 
 
 def _copy_job(api: Api, job_id: str) -> None:
     """Make another job, of the same moment as the first."""
     columns = [column.name for column in Job.__table__.columns]
-    values = [":fresh" if name == "id" else name for name in columns]
+    values = ", ".join(":fresh" if name == "id" else name for name in columns)
+    statement = f"INSERT INTO jobs ({', '.join(columns)}) SELECT {values} FROM jobs WHERE id = :id"
     with api.state.database.transaction() as session:
-        statement = (
-            f"INSERT INTO jobs ({', '.join(columns)}) SELECT {', '.join(values)} FROM jobs WHERE id = :id"
-        )
         session.execute(text(statement), {"fresh": new_id("job"), "id": job_id})
+
+
+def _list(api: Api, path: str, **params: Any) -> httpx2.Response:
+    return api.ask("GET", f"/fine_tuning/jobs{path}", params=params)
 
 
 def _pages(api: Api, path: str, limit: int, between: Callable[[], object]) -> list[dict[str, Any]]:
@@ -59,8 +58,7 @@ def _pages(api: Api, path: str, limit: int, between: Callable[[], object]) -> li
     found: list[dict[str, Any]] = []
     after: dict[str, str] = {}
     while True:
-        url = f"{api.base_url}/v1/fine_tuning/jobs{path}"
-        page = httpx2.get(url, headers=api.headers, params={"limit": str(limit)} | after).json()
+        page = _list(api, path, limit=limit, **after).json()
         assert page["object"] == "list"
         assert len(page["data"]) <= limit
         found += page["data"]
@@ -72,41 +70,32 @@ def _pages(api: Api, path: str, limit: int, between: Callable[[], object]) -> li
 
 
 def test_jobs_are_paged_whole_though_new_ones_come_meanwhile(api: Api, job_ids: list[str]) -> None:
+    file_id = _list(api, "").json()["data"][0]["training_file"]
     for limit in (1, 3, NUM_ROWS - 1, NUM_ROWS, NUM_ROWS + 1):
-        with api.state.database.transaction() as session:
-            expected = [
-                row[0] for row in session.query(Job.id).order_by(Job.created_at.desc(), Job.id.desc())
-            ]
+        expected = _newest_first(api)
 
         def insert() -> None:
-            url = f"{api.base_url}/v1/fine_tuning/jobs"
-            file = httpx2.get(url, headers=api.headers).json()["data"][0]["training_file"]
-            body = {"model": "tiny-llama", "training_file": file}
-            assert httpx2.post(url, headers=api.headers, json=body).status_code == 200
+            api.create_job(file_id)
 
         assert [job["id"] for job in _pages(api, "", limit, insert)] == expected
 
 
-def test_events_of_one_second_are_paged_whole_though_new_ones_come_meanwhile(
-    api: Api, job_ids: list[str]
-) -> None:
-    def tell(number: int = 1) -> None:
+def test_events_of_one_second_are_paged_whole_while_new_ones_come(api: Api, job_ids: list[str]) -> None:
+    def report(number: int = 1) -> None:
         with api.state.database.transaction() as session:
             events.append(session, job_ids[0], [NewEvent(f"news {n}", data={}) for n in range(number)])
 
-    tell(NUM_ROWS)
+    report(NUM_ROWS)
     for limit in (1, 4, NUM_ROWS):
         with api.state.database.transaction() as session:
             rows = session.query(JobEvent).filter_by(job_id=job_ids[0]).order_by(JobEvent.seq.desc())
             expected = [row.id for row in rows]
-        found = _pages(api, f"/{job_ids[0]}/events", limit, tell)
+        found = _pages(api, f"/{job_ids[0]}/events", limit, report)
         assert [event["id"] for event in found] == expected
         assert len({event["created_at"] for event in found}) < len(found)
 
 
-def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retired(
-    api: Api, job_ids: list[str]
-) -> None:
+def test_checkpoints_are_paged_whole_while_some_come_and_some_go(api: Api, job_ids: list[str]) -> None:
     with api.state.database.transaction() as session:
         for step in range(1, 8):
             _add_checkpoint(session, job_ids[0], step)
@@ -129,9 +118,6 @@ def test_checkpoints_are_paged_whole_though_new_ones_come_and_old_ones_are_retir
 
 
 def _add_checkpoint(session: Any, job_id: str, step: int) -> None:
-    from luthier.core.specs import TrainingSpec
-    from services.models import models
-
     job = session.get_one(Job, job_id)
     spec = TrainingSpec.model_validate(job.spec).model_copy(update={"base": BASE_FACTS})
     models.register(
@@ -147,27 +133,21 @@ def _add_checkpoint(session: Any, job_id: str, step: int) -> None:
     )
 
 
-def test_a_limit_of_nothing_is_an_empty_page_and_a_cursor_of_another_list_is_refused(
-    api: Api, job_ids: list[str]
-) -> None:
+def test_a_limit_of_0_is_an_empty_page_and_a_foreign_cursor_is_refused(api: Api, job_ids: list[str]) -> None:
     with api.state.database.transaction() as session:
         events.append(session, job_ids[0], [NewEvent("news", data={})])
         events.append(session, job_ids[1], [NewEvent("news", data={})])
         others = session.query(JobEvent.id).filter_by(job_id=job_ids[1]).limit(1).scalar()
-    for path, is_filled in (
-        ("", True),
-        (f"/{job_ids[0]}/events", True),
-        (f"/{job_ids[2]}/checkpoints", False),
-    ):
-        url = f"{api.base_url}/v1/fine_tuning/jobs{path}"
-        page = httpx2.get(url, headers=api.headers, params={"limit": "0"}).json()
+    events_path, checkpoints_path = f"/{job_ids[0]}/events", f"/{job_ids[2]}/checkpoints"
+    for path, is_filled in (("", True), (events_path, True), (checkpoints_path, False)):
+        page = _list(api, path, limit=0).json()
         assert (page["data"], page["has_more"]) == ([], is_filled)
         for after in ("nothing", "", others, "file-1"):
-            answer = httpx2.get(url, headers=api.headers, params={"after": after})
+            answer = _list(api, path, after=after)
             error = answer.json()["error"]
             assert (answer.status_code, error["param"], error["code"]) == (400, "after", "invalid_value")
         for limit in ("-1", "1001", "many"):
-            answer = httpx2.get(url, headers=api.headers, params={"limit": limit})
+            answer = _list(api, path, limit=limit)
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "limit")
 
 
@@ -187,7 +167,7 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
 
         session.execute(text("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off"))
         session.execute(text("SET LOCAL enable_sort = off"))
-        session.scalars = explain  # type: ignore[method-assign, assignment]
+        session.scalars = explain
         for is_plain in (False, True):
             rows, _ = jobs.list_(
                 session, scope, after=job.id, limit=3, metadata=None, has_no_metadata=is_plain
@@ -210,7 +190,7 @@ def test_a_deep_page_begins_at_its_cursor_in_the_index(api: Api, job_ids: list[s
     ],
 )
 def test_a_query_parameter_that_a_url_does_not_have_is_refused(api: Api, path: str, reported: str) -> None:
-    answer = httpx2.get(f"{api.base_url}/v1/{path}", headers=api.headers)
+    answer = api.ask("GET", f"/{path}")
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (400, "unknown_parameter")
     assert reported in error["message"]
@@ -218,4 +198,4 @@ def test_a_query_parameter_that_a_url_does_not_have_is_refused(api: Api, path: s
 
 @pytest.mark.parametrize("path", ["fine_tuning/jobs?metadata[a]=b&limit=1", "fine_tuning/jobs?metadata=null"])
 def test_the_metadata_filter_is_no_unknown_parameter(api: Api, path: str) -> None:
-    assert httpx2.get(f"{api.base_url}/v1/{path}", headers=api.headers).status_code == 200
+    assert api.ask("GET", f"/{path}").status_code == 200

@@ -1,14 +1,15 @@
 """Uploads much larger than an API process may grow: refused or taken, its memory stays small."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 import openai
 import pytest
+from pydantic import SecretStr
 
 from db.session import Database
 from luthier.core.settings import Settings
@@ -16,6 +17,7 @@ from services.bootstrap import ensure_first_rows
 from tests.conftest import wait_until
 from tests.rows import chat_row, jsonl
 from tests.stack import free_port
+from tests.workers import environment_of
 
 _MIB = 1024 * 1024
 _MAX_GROWTH_BYTES = 64 * _MIB
@@ -28,9 +30,9 @@ class ApiProcess:
 
     def __init__(self, base_url: str, key: str, pid: int) -> None:
         self.base_url, self.key, self._pid = base_url, key, pid
+        self.client = openai.OpenAI(base_url=f"{base_url}/v1", api_key=key, max_retries=0)
 
     def peak_bytes(self) -> int:
-        """Return the process's peak resident memory so far."""
         status = Path(f"/proc/{self._pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
@@ -40,14 +42,12 @@ def process(settings: Settings, database: Database, tmp_path: Path) -> Iterator[
     with database.transaction() as session:
         ensure_first_rows(session, settings)
     port = free_port()
-    environment = os.environ | {
-        "LUTHIER_DATABASE_URL": settings.database_url.get_secret_value(),
-        "LUTHIER_REDIS_URL": "redis+socket:///nowhere",
-        "LUTHIER_STORAGE_URL": settings.storage_url,
-        "LUTHIER_MODELS_FILE": str(settings.models_file),
-        "LUTHIER_INFERENCE_URL": f"unix://{tmp_path}/none.sock",
-        "LUTHIER_MAX_UPLOAD_BYTES": str(_MAX_UPLOAD_BYTES),
-    }
+    environment = environment_of(
+        settings,
+        redis_url=SecretStr("redis+socket:///nowhere"),
+        inference_url=f"unix://{tmp_path}/none.sock",
+        max_upload_bytes=_MAX_UPLOAD_BYTES,
+    )
     with (tmp_path / "api.log").open("wb") as log:
         running = subprocess.Popen(
             [sys.executable, "-m", "api", "--port", str(port)], env=environment, stderr=log, stdout=log
@@ -55,10 +55,9 @@ def process(settings: Settings, database: Database, tmp_path: Path) -> Iterator[
     base_url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
-        try:
+        with suppress(httpx2.TransportError):
             return httpx2.get(f"{base_url}/readyz").status_code == 200
-        except httpx2.TransportError:
-            return False
+        return False
 
     try:
         wait_until(answers, what="the API is ready")
@@ -95,16 +94,13 @@ def _objects(settings: Settings) -> list[Path]:
     return [path for path in root.rglob("*") if path.is_file()]
 
 
-def test_what_is_too_large_is_refused_in_openais_shape_with_small_memory(
-    process: ApiProcess, settings: Settings
-) -> None:
+def test_a_refusal_has_openais_shape_and_takes_small_memory(process: ApiProcess, settings: Settings) -> None:
     _upload(process, 2 * _MIB)  # warm-up: what a first upload loads is not counted
     kept = _objects(settings)
     before = process.peak_bytes()
     undeclared = _upload(process, 2 * _MAX_UPLOAD_BYTES)
-    declared = _upload(
-        process, 2 * _MAX_UPLOAD_BYTES, **{"Content-Length": str(sum(map(len, _form(2 * _MAX_UPLOAD_BYTES))))}
-    )
+    length = sum(map(len, _form(2 * _MAX_UPLOAD_BYTES)))
+    declared = _upload(process, 2 * _MAX_UPLOAD_BYTES, **{"Content-Length": str(length)})
     for answer in (undeclared, declared):
         assert answer.status_code == 413, answer.text
         assert answer.json()["error"]["code"] == "file_too_large"
@@ -122,11 +118,10 @@ def test_an_upload_just_under_the_limit_is_taken_with_small_memory(process: ApiP
 
 
 def test_parts_are_taken_and_put_together_with_small_memory(process: ApiProcess) -> None:
-    client = openai.OpenAI(base_url=f"{process.base_url}/v1", api_key=process.key, max_retries=0)
     content = _ROW * (200 * _MIB // len(_ROW))
 
     def send(num_bytes: int) -> None:
-        upload = client.uploads.upload_file_chunked(
+        upload = process.client.uploads.upload_file_chunked(
             file=content[:num_bytes],
             filename="rows.jsonl",
             bytes=num_bytes,
@@ -142,7 +137,6 @@ def test_parts_are_taken_and_put_together_with_small_memory(process: ApiProcess)
 
 
 def test_the_sdk_sees_the_refusal_and_not_a_broken_connection(process: ApiProcess) -> None:
-    client = openai.OpenAI(base_url=f"{process.base_url}/v1", api_key=process.key, max_retries=0)
     with pytest.raises(openai.APIStatusError) as caught:
-        client.files.create(file=("big.jsonl", _ROW * (300 * _MIB // len(_ROW))), purpose="fine-tune")
+        process.client.files.create(file=("big.jsonl", _ROW * (300 * _MIB // len(_ROW))), purpose="fine-tune")
     assert caught.value.status_code == 413

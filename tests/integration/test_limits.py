@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from sqlalchemy import event, func, select, text, update
@@ -13,7 +12,6 @@ from sqlalchemy import event, func, select, text, update
 from db.tables import IdempotencyKey
 from luthier.core.settings import Settings
 from tests.conftest import Api
-from tests.integration.wire import stored_objects
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
 from worker.maintenance import collect_garbage
@@ -35,10 +33,7 @@ def settings(settings: Settings) -> Settings:
 @pytest.fixture
 def other(api: Api, client: openai.OpenAI) -> Iterator[openai.OpenAI]:
     """A client of another project."""
-    answer = httpx2.post(
-        f"{api.base_url}/v1/keys", json={"name": "other", "project": "other"}, headers=api.headers
-    )
-    with client.with_options(api_key=answer.json()["key"]) as made:
+    with client.with_options(api_key=api.make_key()["key"]) as made:
         yield made
 
 
@@ -50,9 +45,7 @@ def _job(client: openai.OpenAI, file_id: str, **more: str) -> str:
     return client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id, **more).id
 
 
-def test_no_more_jobs_wait_than_may_and_twins_do_not_pass_together(
-    client: openai.OpenAI, other: openai.OpenAI
-) -> None:
+def test_no_more_jobs_wait_than_may_though_twins_come(client: openai.OpenAI, other: openai.OpenAI) -> None:
     file_id = _upload(client)
 
     def create(number: int) -> str:
@@ -74,9 +67,7 @@ def test_no_more_jobs_wait_than_may_and_twins_do_not_pass_together(
     assert _job(client, file_id).startswith("ftjob-")
 
 
-def test_waiting_jobs_are_counted_without_a_visit_to_each_job_of_the_project(
-    api: Api, client: openai.OpenAI
-) -> None:
+def test_waiting_jobs_are_counted_without_a_visit_to_each_job(api: Api, client: openai.OpenAI) -> None:
     file_id = _upload(client)
     first = _job(client, file_id)
     seen: list[tuple[str, Any]] = []
@@ -128,21 +119,19 @@ def test_no_more_bytes_are_stored_than_may_and_nothing_of_a_refused_file_is_kept
     api: Api, client: openai.OpenAI, other: openai.OpenAI
 ) -> None:
     files = [_upload(client) for _ in range(3)]
-    before = stored_objects(api)
+    before = api.stored_objects()
     with pytest.raises(openai.APIStatusError) as caught:
         _upload(client)
     assert caught.value.status_code == 413
     assert f"limit is {3 * len(ROWS)}" in caught.value.message
     assert f"{3 * len(ROWS)} bytes" in caught.value.message
-    assert stored_objects(api) == before
+    assert api.stored_objects() == before
     assert _upload(other)
     client.files.delete(files[0])
     assert _upload(client)
 
 
-def test_an_upload_to_a_disk_that_is_nearly_full_is_refused_once_and_for_all(
-    api: Api, client: openai.OpenAI
-) -> None:
+def test_an_upload_to_a_nearly_full_disk_is_refused_for_good(api: Api, client: openai.OpenAI) -> None:
     settings = api.state.settings
     object.__setattr__(api.state, "settings", settings.model_copy(update={"min_free_bytes": 10**18}))
     with pytest.raises(openai.InternalServerError) as caught:
@@ -151,7 +140,7 @@ def test_an_upload_to_a_disk_that_is_nearly_full_is_refused_once_and_for_all(
     assert caught.value.code == "storage_full"
     assert caught.value.response.headers["x-should-retry"] == "false"
     assert "LUTHIER_MIN_FREE_BYTES" in caught.value.message
-    assert stored_objects(api) == []
+    assert api.stored_objects() == []
 
 
 def test_idempotency_keys_are_deleted_after_a_day(

@@ -4,14 +4,15 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import openai
 import pytest
 from sqlalchemy import event, func, select, text
 
+from db.session import Database
 from db.tables import Worker
 from luthier.core.errors import UnavailableError
 from luthier.core.ids import new_id
@@ -19,10 +20,8 @@ from luthier.core.settings import Settings
 from services.accounts.auth import Principal
 from services.capacity import workers
 from services.files import files
-from services.jobs import leases
 from tests.conftest import Api, wait_until
-from tests.integration.hooks import create_job
-from tests.rows import colour_rows, jsonl
+from tests.training import Jobs
 from tests.workers import running_worker
 from worker.app import sweep
 from worker.context import Watch, WorkerContext
@@ -34,31 +33,41 @@ from worker.maintenance import (
     run_garbage_collection,
     take_lost_jobs,
 )
-from worker.tasks.prepare import prepare
 
 
-def _delete_file(client: openai.OpenAI, api: Api) -> Path:
+@pytest.fixture
+def deleted(api: Api, jobs: Jobs) -> Callable[[], Path]:
     """Delete a file whose bytes stay, and return where they are."""
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    with pytest.MonkeyPatch.context() as broken:
+
+    def delete() -> Path:
+        file_id = jobs.upload()
 
         def away(*_: object) -> None:
             raise UnavailableError("away")
 
-        broken.setattr(api.state.storage, "delete", away)
-        client.files.delete(file.id)
-    assert api.state.storage.local_root is not None
-    (path,) = api.state.storage.local_root.rglob(file.id)
-    return path
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(api.state.storage, "delete", away)
+            jobs.client.files.delete(file_id)
+        (path,) = api.state.storage.local_root.rglob(file_id)
+        return path
+
+    return delete
 
 
-def test_garbage_collection_goes_past_what_it_can_not_delete(
-    api: Api, client: openai.OpenAI, context: WorkerContext
-) -> None:
-    first, second = _delete_file(client, api), _delete_file(client, api)
-    # A folder can't be deleted as a file is.
-    first.unlink()
-    (first / "below").mkdir(parents=True)
+def _replace_by_folder(path: Path) -> None:
+    """A folder can't be deleted as a file is."""
+    path.unlink()
+    (path / "below").mkdir(parents=True)
+
+
+def _heartbeat(database: Database) -> float:
+    with database.transaction() as session:
+        return session.scalar(select(func.coalesce(func.extract("epoch", func.max(Worker.heartbeat_at)), 0)))
+
+
+def test_what_can_not_be_deleted_is_skipped(deleted: Callable[[], Path], context: WorkerContext) -> None:
+    first, second = deleted(), deleted()
+    _replace_by_folder(first)
     collect_garbage(context, grace_seconds=0)
     assert first.exists()
     assert not second.exists()
@@ -72,22 +81,15 @@ def test_a_part_of_maintenance_that_breaks_is_done_again_and_stops_no_other(cont
         calls.append("broken")
         if len(calls) >= 3:
             context.stopping.set()
-        raise ValueError("a row that nobody thought of")
+        raise ValueError("an unforeseen row")
 
     repeat(context, "test", broken)
     assert calls == ["broken"] * 3
 
 
-def test_run_directories_that_no_attempt_holds_are_removed(
-    client: openai.OpenAI, context: WorkerContext
-) -> None:
-    job_id = create_job(client)
-    prepare(context, job_id)
-    with context.database.transaction() as session:
-        taken = leases.claim_for_training(session, context.worker_id, 1, 30)
-    assert taken is not None
-    runs = context.settings.runs_dir
-    token = taken[0].fencing_token
+def test_run_directories_that_no_attempt_holds_are_removed(jobs: Jobs, context: WorkerContext) -> None:
+    job_id = jobs.prepared()
+    runs, token = context.settings.runs_dir, jobs.claim().lease.fencing_token
     held, older = runs / job_id / f"e{token}", runs / job_id / f"e{token - 1}"
     unknown, another = runs / "ftjob-unknown" / "e3", runs / "notes" / "e3"
     for folder in (held, older, unknown, another):
@@ -100,48 +102,33 @@ def test_run_directories_that_no_attempt_holds_are_removed(
     assert not unknown.parent.exists()
 
 
-def test_the_run_directory_of_a_cancelled_job_is_removed_once_its_lease_is_over(
-    client: openai.OpenAI, context: WorkerContext
-) -> None:
-    job_id = create_job(client)
-    prepare(context, job_id)
-    with context.database.transaction() as session:
-        taken = leases.claim_for_training(session, context.worker_id, 1, 30)
-    assert taken is not None
-    folder = context.settings.runs_dir / job_id / f"e{taken[0].fencing_token}"
+def test_the_run_directory_of_a_cancelled_job_is_removed_once_its_lease_is_over(jobs: Jobs) -> None:
+    job_id = jobs.prepared()
+    folder = jobs.context.settings.runs_dir / job_id / f"e{jobs.claim().lease.fencing_token}"
     folder.mkdir(parents=True)
-    client.fine_tuning.jobs.cancel(job_id)
-    remove_stale_runs(context)
+    jobs.cancel(job_id)
+    remove_stale_runs(jobs.context)
     # Its process may still be at work in it.
     assert folder.exists()
-    with context.database.transaction() as session:
-        session.execute(text("UPDATE jobs SET lease_expires_at = now() - interval '1 second'"))
-    remove_stale_runs(context)
+    jobs.change(job_id, lease_expires_at=func.now() - timedelta(seconds=1))
+    remove_stale_runs(jobs.context)
     assert not folder.parent.exists()
 
 
 def test_a_worker_that_sweeps_seldom_stays_alive_and_removes_run_directories_while_storage_is_away(
-    api: Api, client: openai.OpenAI, settings: Settings, tmp_path: Path
+    api: Api, deleted: Callable[[], Path], settings: Settings, tmp_path: Path
 ) -> None:
     for _ in range(3):
-        broken = _delete_file(client, api)
-        # A folder can't be deleted as a file is.
-        broken.unlink()
-        (broken / "below").mkdir(parents=True)
+        _replace_by_folder(deleted())
     stale = settings.runs_dir / "ftjob-unknown" / "e3"
     stale.mkdir(parents=True)
-
-    def heartbeat() -> float:
-        with api.state.database.transaction() as session:
-            found = session.scalar(text("SELECT extract(epoch FROM max(heartbeat_at)) FROM workers"))
-            return float(found or 0)
-
+    database = api.state.database
     seldom = settings.model_copy(update={"sweep_seconds": 600})
     with running_worker(seldom, tmp_path / "worker.log", "--no-broker") as worker:
         wait_until(lambda: "garbage collection put off" in worker.log(), what="storage is asked")
         wait_until(lambda: not stale.exists(), seconds=10, what="the run directory is removed")
-        first = heartbeat()
-        wait_until(lambda: heartbeat() > first, seconds=15, what="the worker is heard of again")
+        first = _heartbeat(database)
+        wait_until(lambda: _heartbeat(database) > first, seconds=15, what="the worker's next heartbeat")
 
 
 def test_rows_of_workers_that_were_killed_are_deleted_after_a_day(context: WorkerContext) -> None:
@@ -156,29 +143,24 @@ def test_rows_of_workers_that_were_killed_are_deleted_after_a_day(context: Worke
         assert set(session.scalars(select(Worker.id))) == {"hidden", context.worker_id}
 
 
-def test_objects_of_files_without_a_row_are_deleted_once_they_are_old(
-    api: Api, client: openai.OpenAI, context: WorkerContext
-) -> None:
-    kept = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
-    root = api.state.storage.local_root
-    assert root is not None
-    (path,) = root.rglob(kept.id)
+def test_objects_of_files_without_a_row_are_deleted_once_they_are_old(jobs: Jobs) -> None:
+    (path,) = jobs.context.storage.local_root.rglob(jobs.upload())
     without_row, fresh = path.with_name(new_id("file")), path.with_name(new_id("file"))
     unfinished = path.with_name(f"{new_id('file')}#123456")
     for made in (without_row, fresh, unfinished):
         made.write_bytes(b"{}\n")
-    day_ago = time.time() - context.settings.orphan_seconds - 1
+    day_ago = time.time() - jobs.context.settings.orphan_seconds - 1
     for old in (path, without_row, unfinished):
         os.utime(old, (day_ago, day_ago))
-    delete_orphans(context)
+    delete_orphans(jobs.context)
     assert path.exists()
     assert fresh.exists()
     assert not without_row.exists()
     assert not unfinished.exists()
 
 
-def test_a_sweep_waits_for_no_storage(api: Api, client: openai.OpenAI, context: WorkerContext) -> None:
-    _delete_file(client, api)
+def test_a_sweep_waits_for_no_storage(deleted: Callable[[], Path], context: WorkerContext) -> None:
+    deleted()
     hangs, may_end = threading.Event(), threading.Event()
 
     def hang(*_: object) -> None:
@@ -197,14 +179,10 @@ def test_a_sweep_waits_for_no_storage(api: Api, client: openai.OpenAI, context: 
 
 
 def test_a_worker_is_alive_all_the_while_that_its_storage_hangs(
-    api: Api, client: openai.OpenAI, settings: Settings, tmp_path: Path
+    api: Api, deleted: Callable[[], Path], settings: Settings, tmp_path: Path
 ) -> None:
-    _delete_file(client, api)
-
-    def heartbeat() -> float:
-        with api.state.database.transaction() as session:
-            return float(session.scalar(text("SELECT extract(epoch FROM max(heartbeat_at)) FROM workers")))
-
+    deleted()
+    database = api.state.database
     # Connections are made, and nothing is ever answered.
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(60)
@@ -219,8 +197,8 @@ def test_a_worker_is_alive_all_the_while_that_its_storage_hangs(
         with running_worker(hanging, tmp_path / "worker.log", "--no-broker", **environment):
             connection, _ = silent.accept()
             with connection:
-                asked_at = heartbeat()
-                wait_until(lambda: heartbeat() > asked_at + 3, seconds=20, what="the worker is alive")
+                asked_at = _heartbeat(database)
+                wait_until(lambda: _heartbeat(database) > asked_at + 3, seconds=20, what="it is alive")
 
 
 def _plans(context: WorkerContext, act: Any) -> list[str]:
@@ -242,21 +220,20 @@ def _plans(context: WorkerContext, act: Any) -> list[str]:
     return plans
 
 
-def test_a_sweep_and_a_deleted_file_scan_no_table(client: openai.OpenAI, context: WorkerContext) -> None:
+def test_a_sweep_and_a_deleted_file_scan_no_table(jobs: Jobs, context: WorkerContext) -> None:
     """Not by the clock, which shows little with few rows: by what PostgreSQL says it will do."""
     plans = _plans(context, lambda: collect_garbage(context, grace_seconds=0))
     for index in ("ix_jobs_untidied", "ix_files_undeleted_bytes", "ix_models_undeleted_bytes"):
         assert any(index in plan for plan in plans), (index, plans)
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows())), purpose="fine-tune")
+    file_id = jobs.upload()
     plans += _plans(context, lambda: take_lost_jobs(context))
     with context.database.transaction() as session:
         row = session.execute(text("SELECT organization_id, project_id FROM files")).first()
-    assert row is not None
     scope = Principal(row[0], "personal", row[1], None)
 
     def delete() -> None:
         with context.database.transaction() as session:
-            files.delete(session, scope, file.id)
+            files.delete(session, scope, file_id)
 
     plans += _plans(context, delete)
     scans = [line for plan in plans for line in plan.splitlines() if "Seq Scan on" in line]

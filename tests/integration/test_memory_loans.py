@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import openai
 import pytest
 from sqlalchemy import delete
 
@@ -14,7 +13,7 @@ from db.tables import Worker
 from luthier.core.inference import LOANS_PATH, LoanRequest, MemoryLoan
 from tests.conftest import wait_until
 from tests.integration.test_memory_split import DEVICE, held, queue, waits
-from tests.training import train_next
+from tests.training import Jobs, train_next
 from worker.context import WorkerContext
 from worker.tasks.train import claim
 
@@ -73,12 +72,10 @@ def _numbers(asked: list[LoanRequest]) -> list[Any]:
 
 
 def test_a_job_that_would_wait_borrows_what_it_lacks_by_one_call_and_keeps_the_loan(
-    client: openai.OpenAI, context: WorkerContext, server: StandIn
+    jobs: Jobs, context: WorkerContext, server: StandIn
 ) -> None:
-    [job_id] = queue(client, context, 12.0)
-    claimed = claim(context)
-    assert claimed is not None
-    assert claimed.loan is not None
+    [job_id] = queue(jobs, 12.0)
+    claimed = jobs.claim()
     asked = server.asked[0]
     first, *repeats = _numbers(server.asked)
     # A call for what a job lacks names the least; what repeats a loan does not.
@@ -88,30 +85,26 @@ def test_a_job_that_would_wait_borrows_what_it_lacks_by_one_call_and_keeps_the_l
     # The rest is all of training's part.
     assert held(context.database)[job_id] == pytest.approx(10 * _GB, abs=10)
     # No event: it did not wait.
-    assert waits(client, job_id) == []
+    assert waits(jobs, job_id) == []
     wait_until(lambda: len(server.asked) > 2, what="the loan is repeated")
     claimed.loan.end()
     assert _numbers(server.asked[-1:]) == [(0, 0)]
     assert {one.num_bytes for one in server.asked[:-1]} == {asked.num_bytes}
 
 
-def test_a_loan_is_given_back_when_the_job_has_ended(
-    client: openai.OpenAI, context: WorkerContext, server: StandIn
-) -> None:
-    [job_id] = queue(client, context, 12.0)
-    assert train_next(context)
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "succeeded"
+def test_a_loan_is_given_back_when_the_job_has_ended(jobs: Jobs, server: StandIn) -> None:
+    [job_id] = queue(jobs, 12.0)
+    assert train_next(jobs.context)
+    assert jobs.status(job_id) == "succeeded"
     assert _numbers(server.asked[-1:]) == [(0, 0)]
-    assert held(context.database) == {}
+    assert held(jobs.context.database) == {}
 
 
-def test_a_job_waits_when_serving_has_too_little_idle_and_says_so(
-    client: openai.OpenAI, context: WorkerContext, server: StandIn
-) -> None:
-    [job_id] = queue(client, context, 14.9)
+def test_a_job_waits_when_serving_has_too_little_idle_and_says_so(jobs: Jobs, server: StandIn) -> None:
+    [job_id] = queue(jobs, 14.9)
     for _ in range(3):
-        assert claim(context) is None
-    assert waits(client, job_id) == [
+        assert claim(jobs.context) is None
+    assert waits(jobs, job_id) == [
         "The job waits for 14.9 GB of memory on here cpu: of training's 10.0 GB, 10.0 GB are free, and "
         "serving can lend too little of its 5.0 GB"
     ]
@@ -119,26 +112,20 @@ def test_a_job_waits_when_serving_has_too_little_idle_and_says_so(
     # So that of two workers that ask for one job none gives back what the other has.
     assert len({one.loan_id for one in server.asked}) == 3
     server.idle = 5 * _GB
-    claimed = claim(context)
-    assert claimed is not None
-    assert claimed.loan is not None
+    claimed = jobs.claim()
     claimed.loan.end()
 
 
-def test_a_job_whose_peak_is_rough_starts_with_what_serving_lends(
-    client: openai.OpenAI, context: WorkerContext, server: StandIn
-) -> None:
-    [job_id] = queue(client, context, 15.0, least=13.0)
-    claimed = claim(context)
-    assert claimed is not None
-    assert claimed.loan is not None
+def test_a_job_whose_peak_is_rough_starts_with_what_serving_lends(jobs: Jobs, server: StandIn) -> None:
+    [job_id] = queue(jobs, 15.0, least=13.0)
+    claimed = jobs.claim()
     assert claimed.loan.num_bytes == 4 * _GB
-    assert held(context.database) == {job_id: 10 * _GB}
+    assert held(jobs.context.database) == {job_id: 10 * _GB}
     claimed.loan.end()
 
 
-def test_where_no_server_answers_nothing_is_borrowed(client: openai.OpenAI, context: WorkerContext) -> None:
+def test_where_no_server_answers_nothing_is_borrowed(jobs: Jobs, context: WorkerContext) -> None:
     context.settings.inference_url = "unix:///nowhere/at/all.sock"
-    [job_id] = queue(client, context, 12.0)
+    [job_id] = queue(jobs, 12.0)
     assert claim(context) is None
-    assert len(waits(client, job_id)) == 1
+    assert len(waits(jobs, job_id)) == 1

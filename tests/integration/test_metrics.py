@@ -1,8 +1,7 @@
 """Metrics of the API and of a worker, as Prometheus reads them."""
 
-import os
-import subprocess
-import sys
+from contextlib import suppress
+from pathlib import Path
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,9 +12,9 @@ from db.tables import Worker
 from luthier.core.settings import Settings
 from services.accounts.usage import TokenCounts
 from tests.conftest import Api, wait_until
-from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
-from tests.stack import ROOT, free_port
+from tests.stack import free_port
+from tests.workers import running_worker
 
 
 def _samples(text: str) -> dict[str, float]:
@@ -35,9 +34,9 @@ def _scrape(api: Api) -> dict[str, float]:
 
 def test_requests_are_counted_by_template_and_never_by_path(api: Api) -> None:
     for _ in range(2):
-        ask(api, "GET", "/files/file-1")
-    httpx2.get(f"{api.base_url}/v1/nothing", headers=api.headers)
-    httpx2.request("PROPFIND", f"{api.base_url}/v1/files", headers=api.headers)
+        api.ask("GET", "/files/file-1")
+    api.ask("GET", "/nothing")
+    api.ask("PROPFIND", "/files")
     wait_until(
         lambda: "http_server_request_duration_seconds_count PROPFIND /v1/files 405" in _scrape(api),
         seconds=10,
@@ -51,8 +50,7 @@ def test_requests_are_counted_by_template_and_never_by_path(api: Api) -> None:
 
 
 def test_jobs_slots_and_waits_are_read_from_the_database(api: Api) -> None:
-    files = {"purpose": (None, "fine-tune"), "file": ("a.jsonl", jsonl(colour_rows()))}
-    create_job(api, ask(api, "POST", "/files", files=files).json()["id"])
+    api.create_job(api.upload_file(jsonl(colour_rows())))
     with api.state.database.transaction() as session:
         session.execute(insert(Worker).values(id="w", hostname="h", num_slots=3, facts={}))
     found = _scrape(api)
@@ -62,10 +60,8 @@ def test_jobs_slots_and_waits_are_read_from_the_database(api: Api) -> None:
     assert found["luthier_database_up"] == 1
 
 
-def test_a_plain_key_may_not_read_metrics_and_the_operators_token_reads_nothing_else(
-    api: Api, settings: Settings
-) -> None:
-    plain = ask(api, "POST", "/keys", json={"name": "plain"}).json()["key"]
+def test_a_plain_key_reads_no_metrics_and_their_token_nothing_else(api: Api, settings: Settings) -> None:
+    plain = api.ask("POST", "/keys", body={"name": "plain"}).json()["key"]
     headers = {"Authorization": f"Bearer {plain}"}
     assert httpx2.get(f"{api.base_url}/metrics", headers=headers).status_code == 403
     # No token is set: an empty one opens nothing.
@@ -83,33 +79,17 @@ def test_tokens_are_counted_by_kind(api: Api) -> None:
     assert kinds == [10, 4, 3]
 
 
-def test_a_worker_serves_its_metrics_where_an_address_is_set(api: Api, settings: Settings) -> None:
-    port = free_port()
-    environment = os.environ | {
-        "LUTHIER_DATABASE_URL": settings.database_url.get_secret_value(),
-        "LUTHIER_STORAGE_URL": settings.storage_url,
-        "LUTHIER_MODELS_FILE": str(settings.models_file),
-        "LUTHIER_BASES_DIR": str(settings.bases_dir),
-        "LUTHIER_RUNS_DIR": str(settings.runs_dir),
-        "LUTHIER_WARM_SPARE_SECONDS": "0",
-        "LUTHIER_TRAINING_SLOTS": "2",
-        "LUTHIER_WORKER_METRICS_ADDRESS": f"127.0.0.1:{port}",
-    }
-    process = subprocess.Popen([sys.executable, "-m", "worker", "--no-broker"], cwd=ROOT, env=environment)
+def test_a_worker_serves_its_metrics_at_an_address(api: Api, settings: Settings, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    changed = settings.model_copy(update={"training_slots": 2, "worker_metrics_address": address})
     found: dict[str, float] = {}
 
     def answers() -> bool:
-        nonlocal found
-        try:
-            found = _samples(httpx2.get(f"http://127.0.0.1:{port}/metrics").text)
-        except httpx2.TransportError:
-            return False
-        return True
+        with suppress(httpx2.TransportError):
+            found.update(_samples(httpx2.get(f"http://{address}/metrics").text))
+        return bool(found)
 
-    try:
+    with running_worker(changed, tmp_path / "worker.log", "--no-broker"):
         wait_until(answers, what="the worker serves its metrics")
-        assert (found["luthier_worker_slots"], found["luthier_worker_slots_free"]) == (2, 2)
-        assert found["luthier_worker_lease_age_seconds"] == 0
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    assert (found["luthier_worker_slots"], found["luthier_worker_slots_free"]) == (2, 2)
+    assert found["luthier_worker_lease_age_seconds"] == 0

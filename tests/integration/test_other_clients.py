@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from luthier.core.settings import Settings
 from tests.conftest import Api
 from tests.environments import make_environment, make_node_folder
 from tests.rows import colour_rows, jsonl
-from tests.stack import Stack, stack_folder, up_command
+from tests.stack import real_stack
 from tests.training import make_worker
 from worker.processes import work
 
@@ -23,31 +24,31 @@ pytestmark = pytest.mark.full
 _CLIENTS = Path(__file__).parents[1] / "clients"
 
 
-def run_beside_worker(
-    api: Api, settings: Settings, tmp_path: Path, command: list[str], folder: Path
-) -> dict[str, Any]:
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run(api: Api, settings: Settings, tmp_path: Path) -> Run:
     """Run a client, do its jobs meanwhile, and return what it printed."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_bytes(jsonl(colour_rows()))
-    context = make_worker(settings, api)
-    environment = os.environ | {
-        "OPENAI_BASE_URL": f"{api.base_url}/v1",
-        "OPENAI_API_KEY": api.key,
-        "ROWS": str(rows),
-    }
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None:
-            if api.notified:
-                api.notified.clear()
-                work(context)
-            else:
-                context.stopping.wait(0.05)
-        output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    reported: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
-    return reported
+
+    def run(*command: str | Path, folder: Path = tmp_path) -> dict[str, Any]:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_bytes(jsonl(colour_rows()))
+        context = make_worker(settings, api)
+        connection = {"OPENAI_BASE_URL": f"{api.base_url}/v1", "OPENAI_API_KEY": api.key, "ROWS": str(rows)}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=folder, env=os.environ | connection, **pipes) as process:
+            while process.poll() is None:
+                if api.notified:
+                    api.notified.clear()
+                    work(context)
+                else:
+                    context.stopping.wait(0.05)
+            output, errors = process.communicate()
+        assert process.returncode == 0, errors
+        return json.loads(output.strip().splitlines()[-1])
+
+    return run
 
 
 def check_main_path(reported: dict[str, Any]) -> None:
@@ -63,33 +64,25 @@ def check_main_path(reported: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("requirement", ["openai>=1.60,<2", "openai>=2,<3"])
-def test_older_python_packages_go_the_main_path(
-    api: Api, settings: Settings, tmp_path: Path, requirement: str
-) -> None:
-    python = make_environment(tmp_path / "environment", requirement)
-    reported = run_beside_worker(
-        api, settings, tmp_path, [str(python), str(_CLIENTS / "python_openai.py")], tmp_path
-    )
+def test_older_python_packages_go_the_main_path(run: Run, tmp_path: Path, requirement: str) -> None:
+    reported = run(make_environment(tmp_path / "environment", requirement), _CLIENTS / "python_openai.py")
     assert reported["version"].startswith(requirement.partition("=")[2][0])
     check_main_path(reported)
 
 
-def test_this_package_goes_the_main_path(api: Api, settings: Settings, tmp_path: Path) -> None:
-    command = [sys.executable, str(_CLIENTS / "python_openai.py")]
-    check_main_path(run_beside_worker(api, settings, tmp_path, command, tmp_path))
+def test_this_package_goes_the_main_path(run: Run) -> None:
+    check_main_path(run(sys.executable, _CLIENTS / "python_openai.py"))
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="Node is not installed")
-def test_the_node_package_goes_the_main_path(api: Api, settings: Settings, tmp_path: Path) -> None:
+def test_the_node_package_goes_the_main_path(run: Run, tmp_path: Path) -> None:
     folder = make_node_folder(tmp_path / "node", "openai")
     shutil.copy(_CLIENTS / "node_openai.mjs", folder)
-    check_main_path(run_beside_worker(api, settings, tmp_path, ["node", "node_openai.mjs"], folder))
+    check_main_path(run("node", "node_openai.mjs", folder=folder))
 
 
-def test_litellm_tunes_lists_and_cancels(api: Api, settings: Settings, tmp_path: Path) -> None:
-    python = make_environment(tmp_path / "environment", "litellm")
-    command = [str(python), str(_CLIENTS / "litellm_calls.py")]
-    reported = run_beside_worker(api, settings, tmp_path, command, tmp_path)
+def test_litellm_tunes_lists_and_cancels(run: Run, tmp_path: Path) -> None:
+    reported = run(make_environment(tmp_path / "environment", "litellm"), _CLIENTS / "litellm_calls.py")
     assert reported["status"] == "succeeded"
     assert reported["model"].startswith("ft:tiny-llama:personal:")
     assert reported["cancelled"] == "cancelled"
@@ -104,32 +97,27 @@ def test_dspys_bootstrap_finetune_tunes_the_small_base_and_asks_the_model(tmp_pa
     """
     python = make_environment(tmp_path / "environment", "dspy")
 
-    with stack_folder() as folder:
-        stack = Stack(folder, up_command)
-        try:
-            stack.start().until_ready()
-            connection = json.loads((stack.home / "connection.json").read_text())
-            environment = os.environ | {
-                "OPENAI_BASE_URL": connection["base_url"],
-                "OPENAI_API_KEY": connection["api_key"],
-                "MODEL": Settings(_env_file=None).preload_base,
-                "DSPY_CACHEDIR": str(tmp_path / "cache"),
-            }
-            done = subprocess.run(
-                [python, _CLIENTS / "dspy_finetune.py"],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=540,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            reported = json.loads(done.stdout.splitlines()[-1])
-            with LuthierClient(connection["base_url"], connection["api_key"]) as client:
-                (model,) = [one for one in client.list_models() if one["id"] == reported["model"]]
-        finally:
-            stack.stop()
+    with real_stack() as stack:
+        connection = stack.connection()
+        environment = os.environ | {
+            "OPENAI_BASE_URL": connection["base_url"],
+            "OPENAI_API_KEY": connection["api_key"],
+            "MODEL": Settings(_env_file=None).preload_base,
+            "DSPY_CACHEDIR": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(
+            [python, _CLIENTS / "dspy_finetune.py"],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=540,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        reported = json.loads(done.stdout.splitlines()[-1])
+        with LuthierClient(**connection) as client:
+            (model,) = [one for one in client.list_models() if one["id"] == reported["model"]]
     assert model["id"].startswith("ft:smollm2-135m-instruct:personal:")
     # DSPy's adapter has read a category in each answer, and the model distinguishes messages.
     assert set(reported["answers"]) <= set(reported["expected"])

@@ -9,14 +9,11 @@ from tests.aliases import V1, V2, Aliases
 from tests.conftest import TINY_BASE, Api
 
 
-def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
-    ours: Aliases, theirs: Aliases, api: Api
-) -> None:
+def test_a_pin_is_in_the_target_until_it_is_removed(ours: Aliases, theirs: Aliases, api: Api) -> None:
     def asked(name: str) -> ModelTarget:
         messages = [{"role": "user", "content": "hi"}]
         ours.ok("POST", "/chat/completions", {"model": name, "messages": messages})
-        target: ModelTarget = api.backend.asked[-1][2]
-        return target
+        return api.backend.asked[-1][2]
 
     ours.put("letters", V1)
     assert ours.ok("GET", f"/models/{V1}")["pinned"] is False
@@ -37,9 +34,7 @@ def test_a_model_is_pinned_until_it_is_unpinned_and_its_target_says_so(
             assert refused[:3] == (400, "invalid_value", "model") and "is a base model" in refused[3]
 
 
-def test_one_project_pins_models_up_to_its_share_of_the_memory_and_is_reported_the_limit(
-    ours: Aliases, api: Api
-) -> None:
+def test_a_project_pins_models_up_to_its_share_and_is_given_the_limit(ours: Aliases, api: Api) -> None:
     with api.state.database.transaction() as session:
         session.execute(update(Job).values(report={"run": {"artifact_bytes": 3_000_000_000}}))
     api.backend.room_bytes = {"packed": 16_000_000_000, "whole": 1}

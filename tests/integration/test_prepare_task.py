@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import msgspec
 import pytest
 from alembic import command
@@ -19,7 +18,8 @@ from luthier.core.specs import TrainingSpec
 from luthier.data.prepare.preparation import RowLimits
 from luthier.data.prepare.process import ANSWER_NAME, QUESTION_NAME, Question
 from tests.conftest import Api
-from tests.rows import chat_row, colour_rows, jsonl
+from tests.rows import chat_row, colour_rows
+from tests.training import Jobs
 from worker.context import WorkerContext
 from worker.processes import work
 from worker.tasks import prepare as prepare_module
@@ -27,49 +27,25 @@ from worker.tasks import train as train_module
 from worker.tasks.prepare import prepare
 from worker.training_process.supervisor import Ending
 
-
-def _create(api: Api, rows: list[dict[str, Any]] | None = None, **body: object) -> dict[str, Any]:
-    files = {"file": ("rows.jsonl", jsonl(rows or colour_rows(24)))}
-    url = f"{api.base_url}/v1"
-    file = httpx2.post(f"{url}/files", headers=api.headers, data={"purpose": "fine-tune"}, files=files).json()
-    asked = {"model": "tiny-llama", "training_file": file["id"], **body}
-    answer = httpx2.post(f"{url}/fine_tuning/jobs", headers=api.headers, json=asked)
-    assert answer.status_code == 200, answer.text
-    made: dict[str, Any] = answer.json()
-    return made
+ROWS = colour_rows(24)
 
 
-def _get(api: Api, path: str) -> dict[str, Any]:
-    answer = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{path}", headers=api.headers)
-    assert answer.status_code == 200, answer.text
-    found: dict[str, Any] = answer.json()
-    return found
-
-
-def test_a_sample_prompt_that_does_not_fit_fails_the_job_by_its_place(
-    api: Api, context: WorkerContext
-) -> None:
-    job = _create(api, training={"sample_prompts": ["who?", "a? " * 300]})
-    prepare(context, job["id"])
-    failed = _get(api, job["id"])
-    assert failed["status"] == "failed"
-    assert (failed["error"]["code"], failed["error"]["param"]) == (
-        "invalid_value",
-        "training.sample_prompts.1",
-    )
-    assert "a? a?" not in str(httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{job['id']}/events").text)
+def test_a_too_long_sample_prompt_fails_the_job_by_its_place(jobs: Jobs) -> None:
+    job_id = jobs.prepared(rows=ROWS, training={"sample_prompts": ["who?", "a? " * 300]})
+    error = jobs.error(job_id)
+    assert (error.code, error.param) == ("invalid_value", "training.sample_prompts.1")
+    assert "a? a?" not in str(jobs.messages(job_id))
 
 
 def test_rows_that_virtual_tokens_push_out_of_the_context_are_found_by_prepare_with_their_lines(
-    api: Api, context: WorkerContext
+    jobs: Jobs,
 ) -> None:
     tuning = {"type": "prompt", "num_virtual_tokens": 246}
-    job = _create(api, tuning=tuning)
-    prepare(context, job["id"])
-    failed = _get(api, job["id"])
-    assert failed["error"]["code"] == "invalid_training_file"
-    assert "Line 1:" in failed["error"]["message"]
-    assert "more than the 10 allowed" in failed["error"]["message"]
+    job_id = jobs.prepared(rows=ROWS, tuning=tuning)
+    error = jobs.error(job_id)
+    assert error.code == "invalid_training_file"
+    assert "Line 1:" in error.message
+    assert "more than the 10 allowed" in error.message
 
 
 @pytest.mark.parametrize(
@@ -80,58 +56,51 @@ def test_rows_that_virtual_tokens_push_out_of_the_context_are_found_by_prepare_w
     ],
 )
 def test_events_name_lines_that_are_too_long_and_a_limit_that_the_base_has_no_room_for(
-    api: Api, context: WorkerContext, too_long: str, num_long: int, what: str
+    jobs: Jobs, too_long: str, num_long: int, what: str
 ) -> None:
     rows = [*colour_rows(22), *[chat_row("what?", "the sky is blue. " * 100)] * num_long]
     tuning = {"type": "prompt", "num_virtual_tokens": 6}
-    job = _create(api, rows, tuning=tuning, training={"max_length": 5000, "too_long": too_long})
-    prepare(context, job["id"])
-    reported = [event["message"] for event in _get(api, f"{job['id']}/events")["data"]]
+    job_id = jobs.prepared(rows=rows, tuning=tuning, training={"max_length": 5000, "too_long": too_long})
+    reported = jobs.messages(job_id)
     assert f"Rows of the training file longer than the limit: {what}." in reported
     assert any(message.startswith("training.max_length is 250, not 5000:") for message in reported)
 
 
-def test_a_report_says_what_a_split_leaves_on_each_side(api: Api, context: WorkerContext) -> None:
-    job = _create(api, training={"validation_split": 0.25})
-    prepare(context, job["id"])
-    found = _get(api, f"{job['id']}/report")["prepare"]
+def test_a_report_says_what_a_split_leaves_on_each_side(jobs: Jobs) -> None:
+    job_id = jobs.prepared(rows=ROWS, training={"validation_split": 0.25})
+    found = jobs.report(job_id)["prepare"]
     assert found["validation"] is None
     assert found["num_validation_rows"] > 0
     assert found["num_train_rows"] + found["num_validation_rows"] == found["training"]["num_rows"] == 24
 
 
-def test_the_files_own_hashes_and_the_seconds_are_in_the_report(api: Api, context: WorkerContext) -> None:
-    job = _create(api)
-    prepare(context, job["id"])
-    report = _get(api, f"{job['id']}/report")["prepare"]
-    assert report["training"]["file_id"] == job["training_file"]
+def test_the_files_own_hashes_and_the_seconds_are_in_the_report(jobs: Jobs) -> None:
+    job_id = jobs.prepared(rows=ROWS)
+    report = jobs.report(job_id)["prepare"]
+    assert report["training"]["file_id"] == jobs.get(job_id).training_file
     assert len(report["training"]["sha256"]) == 64
     assert 0 < report["tokenize_seconds"] < 60
 
 
 def test_a_job_has_an_event_when_its_base_is_fetched_and_none_where_it_is_there(
-    api: Api, context: WorkerContext, tmp_path: Path
+    jobs: Jobs, context: WorkerContext, tmp_path: Path
 ) -> None:
     reported = "Fetching the base model tiny-llama, which this machine does not have yet"
-
-    def messages(job_id: str) -> list[str]:
-        return [event["message"] for event in _get(api, f"{job_id}/events")["data"]]
-
-    there, fetched = _create(api)["id"], _create(api)["id"]
+    there, fetched = jobs.create(), jobs.create()
     prepare(context, there)
-    assert reported not in messages(there)
+    assert reported not in jobs.messages(there)
     entry = context.catalogue.bases["tiny-llama"]
     source = f"path:{context.settings.bases_dir.absolute() / 'tiny-llama'}"
     bases = {**context.catalogue.bases, "tiny-llama": entry.model_copy(update={"source": source})}
     context.catalogue = context.catalogue.model_copy(update={"bases": bases})
     context.settings = context.settings.model_copy(update={"bases_dir": tmp_path / "empty"})
     prepare(context, fetched)
-    assert messages(fetched).count(reported) == 1
-    assert _get(api, fetched)["status"] == "queued"
+    assert jobs.messages(fetched).count(reported) == 1
+    assert jobs.status(fetched) == "queued"
 
 
 def test_others_are_notified_of_a_job_only_where_its_worker_can_not_take_it(
-    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run: list[str] = []
 
@@ -142,14 +111,14 @@ def test_others_are_notified_of_a_job_only_where_its_worker_can_not_take_it(
     monkeypatch.setattr(train_module, "_run", note)
     # Nothing keeps the lease of the first.
     context.settings = context.settings.model_copy(update={"lease_seconds": 60.0})
-    first, second = _create(api)["id"], _create(api)["id"]
+    first, second = jobs.create(), jobs.create()
     prepare(context, first)
-    assert train_module.claim(context) is not None
+    assert jobs.claim()
     api.notified.clear()
     # The only slot is taken; others may have one.
     work(context)
     assert (run, api.notified) == ([], [second])
-    third = _create(api)["id"]
+    third = jobs.create()
     api.notified.clear()
     context.settings = context.settings.model_copy(update={"training_slots": 2})
     # The older job goes first, so others are notified of the newer one.
@@ -158,10 +127,10 @@ def test_others_are_notified_of_a_job_only_where_its_worker_can_not_take_it(
 
 
 def test_no_worker_is_notified_where_the_process_that_prepared_a_job_trains_it(
-    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_module, "_run", lambda *_: Ending.SUCCEEDED)
-    _create(api)
+    jobs.create()
     api.notified.clear()
     work(context)
     assert api.notified == []
@@ -169,7 +138,7 @@ def test_no_worker_is_notified_where_the_process_that_prepared_a_job_trains_it(
 
 @pytest.mark.parametrize(("device", "is_known"), [("cpu", True), ("cuda", False)])
 def test_auto_may_depend_on_the_memory_of_the_training_device_where_it_is_known(
-    api: Api, context: WorkerContext, monkeypatch: pytest.MonkeyPatch, device: str, is_known: bool
+    jobs: Jobs, context: WorkerContext, monkeypatch: pytest.MonkeyPatch, device: str, is_known: bool
 ) -> None:
     seen: list[int | None] = []
     resolve = prepare_module.resolve_spec
@@ -180,15 +149,14 @@ def test_auto_may_depend_on_the_memory_of_the_training_device_where_it_is_known(
 
     monkeypatch.setattr(prepare_module, "resolve_spec", watch)
     context.settings = context.settings.model_copy(update={"device": device})
-    prepare(context, _create(api)["id"])
+    jobs.prepared()
     assert seen == [context.facts["memory_bytes"] if is_known else None]
 
 
 def test_a_report_of_the_first_schema_is_carried_into_the_second_and_back(
-    api: Api, context: WorkerContext, database: Database
+    jobs: Jobs, database: Database
 ) -> None:
-    job = _create(api)
-    prepare(context, job["id"])
+    job_id = jobs.prepared(rows=ROWS)
     read = text("SELECT report FROM jobs")
     with database.engine.begin() as connection:
         after = connection.scalar(read)
@@ -198,7 +166,7 @@ def test_a_report_of_the_first_schema_is_carried_into_the_second_and_back(
         command.upgrade(alembic_config(connection), "head")
         again = connection.scalar(read)
     assert again["prepare"]["training"] == after["prepare"]["training"] == before["training"]
-    assert _get(api, f"{job['id']}/report")["prepare"]["tokenize_seconds"] == 0.0
+    assert jobs.report(job_id)["prepare"]["tokenize_seconds"] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -209,24 +177,22 @@ def test_a_report_of_the_first_schema_is_carried_into_the_second_and_back(
     ],
 )
 def test_a_file_over_a_limit_fails_by_name_limit_and_what_to_do(
-    api: Api, context: WorkerContext, setting: str, limit: int, reported: str
+    jobs: Jobs, context: WorkerContext, setting: str, limit: int, reported: str
 ) -> None:
     context.settings = context.settings.model_copy(update={setting: limit})
-    job = _create(api)
-    prepare(context, job["id"])
-    error = _get(api, job["id"])["error"]
-    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
-    assert reported in error["message"]
-    assert f"Split it, or ask the operator to raise LUTHIER_{setting.upper()}." in error["message"]
+    job_id = jobs.prepared(rows=ROWS)
+    error = jobs.error(job_id)
+    assert (error.code, error.param) == ("invalid_training_file", "training_file")
+    assert reported in error.message
+    assert f"Split it, or ask the operator to raise LUTHIER_{setting.upper()}." in error.message
 
 
-def test_a_check_that_takes_more_memory_than_it_may_fails_by_name(api: Api, context: WorkerContext) -> None:
+def test_a_check_that_takes_more_memory_than_it_may_fails_by_name(jobs: Jobs, context: WorkerContext) -> None:
     context.settings = context.settings.model_copy(update={"max_prepare_bytes": 24 * MIB})
-    job = _create(api, colour_rows(20_000), training={"validation_split": 0.5})
-    prepare(context, job["id"])
-    error = _get(api, job["id"])["error"]
-    assert error["code"] == "out_of_memory"
-    assert "LUTHIER_MAX_PREPARE_BYTES" in error["message"]
+    job_id = jobs.prepared(rows=colour_rows(20_000), training={"validation_split": 0.5})
+    error = jobs.error(job_id)
+    assert error.code == "out_of_memory"
+    assert "LUTHIER_MAX_PREPARE_BYTES" in error.message
 
 
 def _peak_bytes(folder: Path, base: Path, num_rows: int) -> int:

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import openai
 import pytest
 import yaml
 
@@ -24,24 +25,23 @@ from luthier.cli.stack.valkey import open_valkey
 from luthier.core.ids import new_api_key
 from luthier.core.inference import HEADER_TOKEN
 from luthier.webhooks.sealing import new_secret_key
-from tests.conftest import Server
+from tests.conftest import Server, wait_until
 from tests.folders import TEMPORARY_FOLDER
 from tests.rows import colour_rows, jsonl
-from tests.stack import free_port, wait_until
+from tests.stack import free_port
 from tests.tiny import BASE_ID, build_tiny_base
 
 ROOT = Path(__file__).parents[2]
 _COMPOSE = ROOT / "docker-compose.yml"
-_VARIABLES = {
+_SECRETS = {
     "POSTGRES_PASSWORD": "unused",
     "POSTGRES_SUPERUSER_PASSWORD": "of-the-superuser",
     "VALKEY_PASSWORD": "of-valkey",
     "LUTHIER_INTERNAL_TOKEN": "an-internal-token",
     "LUTHIER_BOOTSTRAP_API_KEY": new_api_key(),
     "LUTHIER_SECRET_KEY": new_secret_key(),
-    "LUTHIER_PRELOAD_BASE": BASE_ID,
-    "LUTHIER_NUM_THREADS": "1",
 }
+_VARIABLES = _SECRETS | {"LUTHIER_PRELOAD_BASE": BASE_ID, "LUTHIER_NUM_THREADS": "1"}
 _MARK = re.compile(r"\$(?:(\$)|\{(\w+)(?:(:?[-?])([^}]*))?\})")
 
 
@@ -73,8 +73,7 @@ def read_compose(variables: Mapping[str, str]) -> dict[str, Any]:
             return [fill(value) for value in node]
         return interpolate(node, variables) if isinstance(node, str) else node
 
-    services: dict[str, Any] = fill(yaml.safe_load(_COMPOSE.read_text()))["services"]
-    return services
+    return fill(yaml.safe_load(_COMPOSE.read_text()))["services"]
 
 
 def _seconds(text: str) -> float:
@@ -156,10 +155,6 @@ class Shape:
         return self.running[name].wait(timeout=grace_seconds)
 
 
-def _until(condition: Callable[[], bool], what: str) -> None:
-    wait_until(condition, what)
-
-
 @pytest.fixture(scope="module")
 def shape(postgres: Server) -> Iterator[Shape]:
     """The whole shape, started in the order of the file's conditions."""
@@ -191,7 +186,7 @@ def shape(postgres: Server) -> Iterator[Shape]:
     spec = valkey.spec()
     broker = spawn(spec.command, environment=spec.environment, log_path=folder / "redis.log")
     try:
-        _until(spec.is_ready, "the broker answers")
+        wait_until(spec.is_ready, "the broker answers")
         yield made
     finally:
         for process in (*made.running.values(), broker):
@@ -208,25 +203,25 @@ def test_the_shape_starts_answers_trains_and_stops_as_the_file_says(shape: Shape
     for name in ("inference", "api", "worker"):
         shape.start(name)
     for name in ("inference", "api", "worker"):
-        _until(lambda name=name: shape.is_healthy(name), f"{name} is healthy: {shape.log(name)}")
+        wait_until(lambda name=name: shape.is_healthy(name), f"{name} is healthy: {shape.log(name)}")
 
-    base_url = f"http://127.0.0.1:{shape.renamed['8000']}/v1"
-    key = _VARIABLES["LUTHIER_BOOTSTRAP_API_KEY"]
-    with httpx2.Client(headers={"Authorization": f"Bearer {key}"}, timeout=60) as client:
-        chat = {"model": BASE_ID, "messages": [{"role": "user", "content": "the sky"}], "max_tokens": 4}
-        answer = client.post(f"{base_url}/chat/completions", json=chat)
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["completion_tokens"] >= 1
-        _refuses_other_tokens(shape, chat)
+    base_url, key = f"http://127.0.0.1:{shape.renamed['8000']}/v1", _VARIABLES["LUTHIER_BOOTSTRAP_API_KEY"]
+    client = openai.OpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=60)
+    chat: Any = {"model": BASE_ID, "messages": [{"role": "user", "content": "the sky"}], "max_tokens": 4}
+    assert client.chat.completions.create(**chat).usage.completion_tokens >= 1
+    _refuses_other_tokens(shape, chat)
 
-        job = _create_job(client, base_url)
-        _until(
-            lambda: _status(client, base_url, job) not in {"validating_files", "queued"},
-            "the worker has the job",
-        )
-        # TERM in the middle of a job: the grace period is enough, and the job is not lost.
-        assert shape.stop("worker") == 0, shape.log("worker")
-        assert _status(client, base_url, job) in {"queued", "succeeded"}, shape.log("worker")
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
+    long: Any = {"n_epochs": 20, "batch_size": 1}
+    job_id = client.fine_tuning.jobs.create(model=BASE_ID, training_file=file.id, hyperparameters=long).id
+
+    def status() -> str:
+        return client.fine_tuning.jobs.retrieve(job_id).status
+
+    wait_until(lambda: status() not in {"validating_files", "queued"}, "the worker has the job")
+    # TERM in the middle of a job: the grace period is enough, and the job is not lost.
+    assert shape.stop("worker") == 0, shape.log("worker")
+    assert status() in {"queued", "succeeded"}, shape.log("worker")
     assert shape.stop("api") in {0, -signal.SIGTERM}, shape.log("api")
     assert shape.stop("inference") == 0, shape.log("inference")
 
@@ -239,38 +234,7 @@ def _refuses_other_tokens(shape: Shape, chat: dict[str, Any]) -> None:
         assert refused.json()["error"]["code"] == "invalid_api_key"
 
 
-def _create_job(client: httpx2.Client, base_url: str) -> str:
-    upload = client.post(
-        f"{base_url}/files",
-        data={"purpose": "fine-tune"},
-        files={"file": ("rows.jsonl", jsonl(colour_rows(24)))},
-    )
-    assert upload.status_code == 200, upload.text
-    body = {
-        "model": BASE_ID,
-        "training_file": upload.json()["id"],
-        "hyperparameters": {"n_epochs": 20, "batch_size": 1},
-    }
-    created = client.post(f"{base_url}/fine_tuning/jobs", json=body)
-    assert created.status_code == 200, created.text
-    return str(created.json()["id"])
-
-
-def _status(client: httpx2.Client, base_url: str, job: str) -> str:
-    return str(client.get(f"{base_url}/fine_tuning/jobs/{job}").json()["status"])
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "POSTGRES_PASSWORD",
-        "POSTGRES_SUPERUSER_PASSWORD",
-        "VALKEY_PASSWORD",
-        "LUTHIER_INTERNAL_TOKEN",
-        "LUTHIER_BOOTSTRAP_API_KEY",
-        "LUTHIER_SECRET_KEY",
-    ],
-)
+@pytest.mark.parametrize("name", _SECRETS)
 def test_a_missing_secret_is_refused_before_anything_starts(name: str) -> None:
     for value in ({}, {name: ""}):
         with pytest.raises(KeyError, match=name):
@@ -329,7 +293,6 @@ def test_commands_and_health_checks_of_the_file_are_those_of_the_images() -> Non
     services = read_compose(_VARIABLES)
     for target in ("api", "worker", "inference"):
         stage = re.search(rf"^FROM \S+ AS {target}$(.*?)(?=^FROM |\Z)", text, re.MULTILINE | re.DOTALL)
-        assert stage is not None
         commands = [yaml.safe_load(words) for words in re.findall(r"CMD (\[.*\])", stage[1])]
         assert commands == [services[target]["healthcheck"]["test"][1:], services[target]["command"]]
 

@@ -13,14 +13,12 @@ from api.concurrency import ProjectLimiter
 from luthier.webhooks import sending
 from luthier.webhooks.events import Outcome
 from tests.conftest import Api, wait_until
-from tests.integration.wire import ask, create_job
 from tests.rows import colour_rows, jsonl
 
 
 @pytest.fixture
 def job_id(api: Api) -> str:
-    files = {"purpose": (None, "fine-tune"), "file": ("a.jsonl", jsonl(colour_rows()))}
-    return str(create_job(api, ask(api, "POST", "/files", files=files).json()["id"])["id"])
+    return api.create_job(api.upload_file(jsonl(colour_rows())))["id"]
 
 
 def _stream(api: Api, job_id: str, headers: dict[str, str] | None = None) -> Any:
@@ -45,15 +43,13 @@ def test_event_streams_of_a_project_are_limited_and_places_are_given_back(api: A
     wait_until(is_taken, what="places are given back")
 
 
-def test_a_stream_ends_once_its_key_is_revoked(
-    api: Api, job_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_ends_with_its_key(api: Api, job_id: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.streaming.event_stream._POLL_SECONDS", 0.1)
-    made = ask(api, "POST", "/keys", json={"name": "a"}).json()
+    made = api.ask("POST", "/keys", body={"name": "a"}).json()
     with _stream(api, job_id, {"Authorization": f"Bearer {made['key']}"}) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("id: ")
-        assert ask(api, "DELETE", f"/keys/{made['id']}").status_code == 200
+        assert api.ask("DELETE", f"/keys/{made['id']}").status_code == 200
         *_, last = [line for line in lines if line]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "invalid_api_key"
 
@@ -68,23 +64,21 @@ def test_a_project_tests_one_webhook_at_a_time(api: Api, monkeypatch: pytest.Mon
 
     monkeypatch.setattr("api.routes.webhooks.send", send)
     body = {"name": "a", "url": "https://hooks.example/a", "event_types": ["fine_tuning.job.succeeded"]}
-    path = f"/webhook_endpoints/{ask(api, 'POST', '/webhook_endpoints', json=body).json()['id']}/test"
+    path = f"/webhook_endpoints/{api.ask('POST', '/webhook_endpoints', body=body).json()['id']}/test"
     event = {"event_type": "fine_tuning.job.succeeded"}
     answers: list[httpx2.Response] = []
-    first = threading.Thread(target=lambda: answers.append(ask(api, "POST", path, json=event, timeout=30)))
+    first = threading.Thread(target=lambda: answers.append(api.ask("POST", path, body=event, timeout=30)))
     first.start()
     begun.wait(20)
-    assert ask(api, "POST", path, json=event).status_code == 429
+    assert api.ask("POST", path, body=event).status_code == 429
     continue_from.set()
     first.join(20)
     # An answer that is no success is none.
     assert (answers[0].json()["status_code"], answers[0].json()["success"]) == (500, True)
-    assert ask(api, "POST", path, json=event).status_code == 200
+    assert api.ask("POST", path, body=event).status_code == 200
 
 
-def test_an_internal_name_and_one_that_is_not_there_get_the_same_answer(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_internal_and_unknown_names_get_the_same_answer(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     real = sending.socket.getaddrinfo
 
     def resolve(host: str, *options: Any, **more: Any) -> Any:
@@ -99,9 +93,9 @@ def test_an_internal_name_and_one_that_is_not_there_get_the_same_answer(
     for host in ("internal.example", "nowhere.example"):
         event_types = ["fine_tuning.job.succeeded"]
         body = {"name": "a", "url": f"https://{host}/a", "event_types": event_types}
-        made = ask(api, "POST", "/webhook_endpoints", json=body).json()
+        made = api.ask("POST", "/webhook_endpoints", body=body).json()
         event = {"event_type": event_types[0]}
-        tested = ask(api, "POST", f"/webhook_endpoints/{made['id']}/test", json=event)
+        tested = api.ask("POST", f"/webhook_endpoints/{made['id']}/test", body=event)
         assert tested.status_code == 400
         reported.add(tested.json()["error"]["message"])
     assert len(reported) == 1

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,6 @@ from sqlalchemy import text
 from db.queries import lock_key
 from db.tables import ApiKey, IdempotencyKey, Job
 from tests.conftest import Api, wait_until
-from tests.integration.wire import ask
 from tests.rows import colour_rows, jsonl
 from worker.context import make_context
 from worker.tasks.prepare import prepare
@@ -23,9 +23,8 @@ _JOBS = "/fine_tuning/jobs"
 
 
 @pytest.fixture
-def file_id(api: Api) -> str:
-    form = {"purpose": (None, "fine-tune"), "file": ("rows.jsonl", jsonl(colour_rows()))}
-    return str(ask(api, "POST", "/files", files=form).json()["id"])
+def body(api: Api) -> dict[str, Any]:
+    return {"model": "tiny-llama", "training_file": api.upload_file(jsonl(colour_rows()))}
 
 
 class LosesAnswers(httpx2.HTTPTransport):
@@ -45,14 +44,14 @@ class LosesAnswers(httpx2.HTTPTransport):
 
 
 def test_what_the_sdk_sends_again_after_a_lost_answer_is_done_once(
-    api: Api, file_id: str, monkeypatch: pytest.MonkeyPatch
+    api: Api, body: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openai.OpenAI, "_calculate_retry_timeout", lambda *_: 0.0)
     line = LosesAnswers()
     client = openai.OpenAI(
         base_url=f"{api.base_url}/v1", api_key=api.key, http_client=httpx2.Client(transport=line)
     )
-    job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file_id, seed=1)
+    job = client.fine_tuning.jobs.create(**body, seed=1)
     assert [found.id for found in client.fine_tuning.jobs.list()] == [job.id]
     assert api.notified == [job.id]
     context = make_context(api.state.settings)
@@ -71,69 +70,51 @@ def test_what_the_sdk_sends_again_after_a_lost_answer_is_done_once(
     ]
 
 
-def _append(answers: list[httpx2.Response], request: Callable[[], httpx2.Response]) -> None:
-    answers.append(request())
-
-
 def _at_once(requests: list[Callable[[], httpx2.Response]]) -> list[httpx2.Response]:
-    barrier, answers = threading.Barrier(len(requests)), []
+    barrier = threading.Barrier(len(requests))
 
-    def send(request: Callable[[], httpx2.Response]) -> None:
+    def send(request: Callable[[], httpx2.Response]) -> httpx2.Response:
         barrier.wait()
-        _append(answers, request)
+        return request()
 
-    threads = [threading.Thread(target=send, args=(request,)) for request in requests]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return answers
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(send, requests))
 
 
 def _create(api: Api, body: dict[str, Any], num_retries: int, **headers: str) -> httpx2.Response:
     headers = {"X-Stainless-Retry-Count": str(num_retries)} | headers
-    return ask(api, "POST", _JOBS, json=body, headers=headers)
+    return api.ask("POST", _JOBS, body=body, headers=headers)
 
 
-def test_retries_of_a_create_at_once_make_one_job(api: Api, file_id: str) -> None:
+def test_retries_of_a_create_at_once_make_one_job(api: Api, body: dict[str, Any]) -> None:
     for round_number in range(8):
-        body = {"model": "tiny-llama", "training_file": file_id, "seed": round_number}
-        answers = _at_once([partial(_create, api, body, n) for n in (1, 2, 1, 2)])
+        of_round = body | {"seed": round_number}
+        answers = _at_once([partial(_create, api, of_round, n) for n in (1, 2, 1, 2)])
         assert {answer.status_code for answer in answers} == {200}
         assert len({answer.json()["id"] for answer in answers}) == 1
-    assert len(ask(api, "GET", _JOBS).json()["data"]) == 8
+    assert len(api.ask("GET", _JOBS).json()["data"]) == 8
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["in order", "overtaken by its retry"])
 def test_whichever_of_a_create_and_its_retry_comes_first_there_is_one_job(
-    order: tuple[int, int], api: Api, file_id: str
+    order: tuple[int, int], api: Api, body: dict[str, Any]
 ) -> None:
-    body = {"model": "tiny-llama", "training_file": file_id}
     first = _create(api, body | {"suffix": "probe"}, 0)
     assert first.status_code == 200
-    answers: list[httpx2.Response] = []
-    threads = []
-    with api.state.database.transaction() as session:
-        # The lock that twins queue at, held until both wait, in this order.
-        key_id, project_id = session.query(ApiKey.id, ApiKey.project_id).one()
-        content = httpx2.Request("POST", "http://x", json=body).content
-        lock_key(session, f"{project_id} POST /v1{_JOBS} {key_id} {_sha256(content)}")
-        for waiting, num_retries in enumerate(order, start=1):
-            thread = threading.Thread(
-                target=_append, args=(answers, partial(_create, api, body, num_retries))
-            )
-            thread.start()
-            threads.append(thread)
-            wait_until(partial(_waits, api, waiting), seconds=10, what="it waits")
-    for thread in threads:
-        thread.join()
-    assert len({answer.json()["id"] for answer in answers}) == 1
+    with ThreadPoolExecutor(2) as pool:
+        with api.state.database.transaction() as session:
+            # The lock that twins queue at, held until both wait, in this order.
+            key_id, project_id = session.query(ApiKey.id, ApiKey.project_id).one()
+            digest = hashlib.sha256(httpx2.Request("POST", "http://x", json=body).content).hexdigest()
+            lock_key(session, f"{project_id} POST /v1{_JOBS} {key_id} {digest}")
+            sent = []
+            for waiting, num_retries in enumerate(order, start=1):
+                sent.append(pool.submit(_create, api, body, num_retries))
+                wait_until(partial(_waits, api, waiting), seconds=10, what="it waits")
+        made = {future.result().json()["id"] for future in sent}
+    assert len(made) == 1
     # One that is meant as another is another.
-    assert _create(api, body, 0).json()["id"] not in {answer.json()["id"] for answer in answers}
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    assert _create(api, body, 0).json()["id"] not in made
 
 
 def _waits(api: Api, num_requests: int) -> bool:
@@ -142,18 +123,16 @@ def _waits(api: Api, num_requests: int) -> bool:
         return bool(session.execute(text(waiting)).scalar_one() == num_requests)
 
 
-def test_two_creates_that_are_both_meant_make_two_jobs(api: Api, file_id: str) -> None:
-    body = {"model": "tiny-llama", "training_file": file_id}
+def test_two_creates_that_are_both_meant_make_two_jobs(api: Api, body: dict[str, Any]) -> None:
     answers = _at_once([partial(_create, api, body, 0)] * 2)
     assert len({answer.json()["id"] for answer in answers}) == 2
 
 
-def test_a_retry_is_reported_by_key_body_and_ten_minutes(api: Api, file_id: str) -> None:
-    body = {"model": "tiny-llama", "training_file": file_id}
+def test_a_retry_is_reported_by_key_body_and_ten_minutes(api: Api, body: dict[str, Any]) -> None:
     made = _create(api, body, 0).json()["id"]
     assert _create(api, body, 1).json()["id"] == made
     assert _create(api, body | {"suffix": "x"}, 1).json()["id"] != made
-    other = ask(api, "POST", "/keys", json={"name": "other"}).json()["key"]
+    other = api.ask("POST", "/keys", body={"name": "other"}).json()["key"]
     theirs = _create(api, body, 1, Authorization=f"Bearer {other}").json()["id"]
     assert theirs != made
     keyed = _create(api, body, 0, **{"Idempotency-Key": "k"}).json()["id"]
@@ -165,8 +144,7 @@ def test_a_retry_is_reported_by_key_body_and_ten_minutes(api: Api, file_id: str)
     assert _create(api, body, 2, **{"Idempotency-Key": "k"}).json()["id"] == keyed
 
 
-def test_a_key_with_another_body_is_a_permanent_400(api: Api, file_id: str) -> None:
-    body = {"model": "tiny-llama", "training_file": file_id}
+def test_a_key_with_another_body_is_a_permanent_400(api: Api, body: dict[str, Any]) -> None:
     assert _create(api, body, 0, **{"Idempotency-Key": "k"}).status_code == 200
     answer = _create(api, body | {"suffix": "x"}, 0, **{"Idempotency-Key": "k"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "idempotency_key_reused")
@@ -175,21 +153,19 @@ def test_a_key_with_another_body_is_a_permanent_400(api: Api, file_id: str) -> N
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
 
 
-def test_a_create_that_failed_is_not_remembered(api: Api, file_id: str) -> None:
-    body = {"model": "nope", "training_file": file_id}
-    assert _create(api, body, 0, **{"Idempotency-Key": "k"}).status_code == 400
-    assert _create(api, body | {"model": "tiny-llama"}, 0, **{"Idempotency-Key": "k"}).status_code == 200
+def test_a_create_that_failed_is_not_remembered(api: Api, body: dict[str, Any]) -> None:
+    assert _create(api, body | {"model": "nope"}, 0, **{"Idempotency-Key": "k"}).status_code == 400
+    assert _create(api, body, 0, **{"Idempotency-Key": "k"}).status_code == 200
     with api.state.database.transaction() as session:
         assert session.query(Job).count() == 1
 
 
-def test_retries_of_a_cancel_at_once_do_it_once(api: Api, file_id: str) -> None:
-    body = {"model": "tiny-llama", "training_file": file_id}
+def test_retries_of_a_cancel_at_once_do_it_once(api: Api, body: dict[str, Any]) -> None:
     job_id = _create(api, body, 0).json()["id"]
     url = f"{_JOBS}/{job_id}/cancel"
     # The first of them may never have arrived, so one of its retries does it.
     counts = [{"X-Stainless-Retry-Count": str(n)} for n in (1, 2, 1, 2)]
-    answers = _at_once([partial(ask, api, "POST", url, headers=headers) for headers in counts])
+    answers = _at_once([partial(api.ask, "POST", url, headers=headers) for headers in counts])
     assert {answer.status_code for answer in answers} == {200}
-    events = ask(api, "GET", f"{_JOBS}/{job_id}/events").json()["data"]
+    events = api.ask("GET", f"{_JOBS}/{job_id}/events").json()["data"]
     assert [event["message"] for event in events].count("The job was cancelled") == 1

@@ -5,12 +5,12 @@ looking into it, so that a call which a newer one adds fails here until it is in
 docs/sdk-calls.md is that table, written by `python -m tests.integration.test_sdk_calls > docs/sdk-calls.md`.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 from pydantic import BaseModel
@@ -21,6 +21,7 @@ from tests.receiver import running_receiver
 from tests.sdk_calls import ABSENT, CALLS, NOTES, RESOURCES, ROWS, World
 from tests.training import make_worker
 from worker.processes import work
+from worker.tasks.prepare import prepare
 
 _TABLE = Path(__file__).parents[2] / "docs" / "sdk-calls.md"
 # Members that our objects have beside OpenAI's (docs/api.md), and optional ones that they leave out.
@@ -36,7 +37,6 @@ _LEFT_OUT: dict[str, set[str]] = {"Model": {"shutdown_date"}}
 
 
 def _package_calls() -> set[str]:
-    """Return the names of all calls of the package's resources."""
     return {
         f"{place}.{name}"
         for place, resource in RESOURCES.items()
@@ -58,15 +58,7 @@ def settings(settings: Settings) -> Settings:
 
 @pytest.fixture
 def world(api: Api, settings: Settings) -> Iterator[World]:
-    strict, lenient = (
-        openai.OpenAI(
-            base_url=f"{api.base_url}/v1",
-            api_key=api.key,
-            max_retries=0,
-            _strict_response_validation=is_strict,
-        )
-        for is_strict in (True, False)
-    )
+    strict, lenient = api.client(), api.client(is_strict=False)
     context = make_worker(settings, api)
     file_id = strict.files.create(file=("rows.jsonl", ROWS), purpose="fine-tune").id
     job = strict.fine_tuning.jobs.create(
@@ -83,13 +75,6 @@ def world(api: Api, settings: Settings) -> Iterator[World]:
     assert done.fine_tuned_model is not None, done.error
     checkpoints = strict.fine_tuning.jobs.checkpoints.list(job.id).data
 
-    def queue(job_id: str) -> None:
-        from worker.tasks.prepare import prepare
-
-        prepare(context, job_id)
-
-    body = {"name": "other", "project": "other"}
-    other = httpx2.post(f"{api.base_url}/v1/keys", headers=api.headers, json=body).json()
     with running_receiver() as receiver:
         yield World(
             strict,
@@ -97,8 +82,11 @@ def world(api: Api, settings: Settings) -> Iterator[World]:
             receiver,
             done.fine_tuned_model,
             job.id,
-            other["project_id"],
-            {"checkpoint": checkpoints[-1].fine_tuned_model_checkpoint, "queue": queue},
+            api.make_key()["project_id"],
+            {
+                "checkpoint": checkpoints[-1].fine_tuned_model_checkpoint,
+                "queue": functools.partial(prepare, context),
+            },
         )
 
 
@@ -179,7 +167,6 @@ def test_absent_calls_are_reported_as_unknown_paths(world: World) -> None:
 
 
 def make_table() -> str:
-    """Return docs/sdk-calls.md."""
     lines = [
         "# The calls of the `openai` package",
         "",

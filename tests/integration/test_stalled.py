@@ -10,22 +10,21 @@ from pathlib import Path
 import openai
 import pytest
 
-from db.tables import Job
 from luthier.storage.store import Storage
 from tests.conftest import Api, wait_until
-from tests.integration.hooks import create_job
 from tests.stack import is_alive
-from tests.training import job_row
+from tests.training import Jobs
 from worker.context import WorkerContext
 from worker.heartbeat import lease_heartbeat
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim, make_run
+from worker.tasks.train import make_run
 from worker.training_process.child import TrainingChild
 from worker.training_process.supervisor import Ending
 
-# Says that it started, takes a step, and then hangs, or steps for ever; it never answers TERM.
+# Says that it started, takes a step, and then hangs, or steps for ever; it never answers TERM. A file shows
+# that the first step is in the pipe: on a busy machine a process may take longer than a second to start.
 _PROGRAM = """
-import json, signal, sys, time
+import json, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 job_id, hangs = sys.argv[1], sys.argv[2] == "hangs"
 def say(**event):
@@ -38,6 +37,7 @@ while True:
     say(type="step", step=step, total_steps=1000, epoch=1.0, metrics={"train_loss": 1.0}, learning_rate=1e-3,
         grad_norm=1.0, num_tokens=1, num_supervised_tokens=1, tokens_per_second=1.0, seconds_left=1.0,
         peak_memory_bytes=1)
+    pathlib.Path(sys.argv[3]).touch()
     time.sleep(3600 if hangs else 0.05)
 """
 
@@ -45,7 +45,7 @@ while True:
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
     # Not the strict one: the SDK's types lack `pausing` and `paused`.
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+    return api.client(is_strict=False)
 
 
 @pytest.fixture
@@ -55,130 +55,109 @@ def context(context: WorkerContext) -> WorkerContext:
 
 
 @pytest.fixture
-def pipe_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process that checks files hangs: its training file is a pipe that nothing is written to."""
+def job_id(jobs: Jobs, context: WorkerContext) -> str:
+    """A prepared job; the check of its files may take longer than a second."""
+    impatient = context.settings
+    context.settings = impatient.model_copy(update={"stall_seconds": 60.0})
+    made = jobs.prepared()
+    context.settings = impatient
+    return made
 
-    def lay_pipe(_storage: Storage, _key: str, destination: Path, **_: object) -> None:
+
+@pytest.fixture
+def unchecked_id(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A job whose files' check hangs: its training file is a pipe that nothing is written to."""
+
+    def make_pipe(_storage: Storage, _key: str, destination: Path, **_: object) -> None:
         os.mkfifo(destination)
 
-    monkeypatch.setattr(Storage, "fetch_file", lay_pipe)
+    monkeypatch.setattr(Storage, "fetch_file", make_pipe)
+    return jobs.create()
 
 
-def _queue(client: openai.OpenAI, context: WorkerContext) -> str:
-    job_id = create_job(client)
-    impatient = context.settings
-    # The check's own process may take longer than a second to start.
-    context.settings = impatient.model_copy(update={"stall_seconds": 60.0})
-    prepare(context, job_id)
-    context.settings = impatient
-    return job_id
-
-
-def _attempt(
-    client: openai.OpenAI, context: WorkerContext, folder: Path, *, how: str, is_paused: bool = False
-) -> Ending:
+def _attempt(jobs: Jobs, folder: Path, *, how: str, is_paused: bool = False) -> Ending:
     """Follow one attempt over a process that never ends by itself."""
-    claimed = claim(context)
-    assert claimed is not None
-    command = [sys.executable, "-c", _PROGRAM, claimed.lease.job_id, how]
+    claimed, has_stepped = jobs.claim(), folder / "has-stepped"
+    has_stepped.unlink(missing_ok=True)
+    command = [sys.executable, "-c", _PROGRAM, claimed.lease.job_id, how, str(has_stepped)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
     child = TrainingChild(process)
     try:
-        with lease_heartbeat(context, claimed.lease) as heartbeat:
+        wait_until(has_stepped.exists, what="the first step")
+        with lease_heartbeat(jobs.context, claimed.lease) as heartbeat:
             heartbeat.on_pause = child.ask_to_stop
             if is_paused:
-                client.fine_tuning.jobs.pause(claimed.lease.job_id)
-            ending = make_run(context, claimed, folder, heartbeat).supervise(child)
+                jobs.pause(claimed.lease.job_id)
+            ending = make_run(jobs.context, claimed, folder, heartbeat).supervise(child)
     finally:
         child.kill()
     assert not is_alive(process.pid)
     return ending
 
 
-def test_training_that_stalls_is_ended_tried_again_and_fails_by_name(
-    client: openai.OpenAI, context: WorkerContext, tmp_path: Path
-) -> None:
-    job_id = _queue(client, context)
-    assert _attempt(client, context, tmp_path, how="hangs") is Ending.CRASHED
-    (reported,) = [e for e in client.fine_tuning.jobs.list_events(job_id) if (e.data or {}).get("code")]  # type: ignore[attr-defined]
-    assert reported.data["code"] == "stalled"  # type: ignore[index]
+def test_stalled_training_is_tried_again_and_fails_by_name(jobs: Jobs, job_id: str, tmp_path: Path) -> None:
+    assert _attempt(jobs, tmp_path, how="hangs") is Ending.CRASHED
+    events = jobs.client.fine_tuning.jobs.list_events(job_id)
+    (reported,) = [event for event in events if (event.data or {}).get("code")]
+    assert reported.data["code"] == "stalled"
     assert reported.message == (
         "Training made no progress for 1 s after step 1, and was ended (LUTHIER_STALL_SECONDS). "
         "The job continues from its beginning."
     )
-    assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
-    assert _attempt(client, context, tmp_path, how="hangs") is Ending.FAILED
-    failed = client.fine_tuning.jobs.retrieve(job_id)
-    assert failed.status == "failed"
-    assert failed.error is not None
-    assert failed.error.code == "stalled"
+    assert jobs.status(job_id) == "queued"
+    assert _attempt(jobs, tmp_path, how="hangs") is Ending.FAILED
+    assert jobs.error(job_id).code == "stalled"
 
 
 @pytest.mark.parametrize("how", ["hangs", "steps"])
 def test_a_pause_that_the_process_does_not_answer_ends_it_and_is_no_crash(
-    client: openai.OpenAI, context: WorkerContext, tmp_path: Path, how: str
+    jobs: Jobs, job_id: str, tmp_path: Path, how: str
 ) -> None:
-    job_id = _queue(client, context)
-    assert _attempt(client, context, tmp_path, how=how, is_paused=True) is Ending.PAUSED
-    with context.database.transaction() as session:
-        job = session.get_one(Job, job_id)
-        assert (job.status, job.num_crashes, job.lease_owner) == ("paused", 0, None)
+    assert _attempt(jobs, tmp_path, how=how, is_paused=True) is Ending.PAUSED
+    job = jobs.row(job_id)
+    assert (job.status, job.num_crashes, job.lease_owner) == ("paused", 0, None)
 
 
 def test_a_worker_that_stops_waits_for_a_save_as_long_as_is_set(
-    client: openai.OpenAI, context: WorkerContext, tmp_path: Path
+    jobs: Jobs, job_id: str, context: WorkerContext, tmp_path: Path
 ) -> None:
     context.settings = context.settings.model_copy(update={"stall_seconds": 600.0, "stop_seconds": 1.0})
-    job_id = _queue(client, context)
     began = time.monotonic()
     stop = threading.Timer(1, context.stopping.set)
     stop.start()
-    assert _attempt(client, context, tmp_path, how="hangs") is not Ending.FAILED
+    assert _attempt(jobs, tmp_path, how="hangs") is not Ending.FAILED
     assert time.monotonic() - began < 20
-    assert (job_row(context, job_id).status, job_row(context, job_id).num_crashes) == ("queued", 0)
-
-
-def _check_in_thread(context: WorkerContext, job_id: str) -> threading.Thread:
-    thread = threading.Thread(target=prepare, args=(context, job_id))
-    thread.start()
-    return thread
+    assert (jobs.status(job_id), jobs.row(job_id).num_crashes) == ("queued", 0)
 
 
 def test_a_check_of_files_that_stalls_is_ended_tried_again_and_fails_by_name(
-    client: openai.OpenAI, context: WorkerContext, pipe_for_a_file: None
+    jobs: Jobs, context: WorkerContext, unchecked_id: str
 ) -> None:
-    job_id = create_job(client)
-    prepare(context, job_id)
-    assert (job_row(context, job_id).status, job_row(context, job_id).num_crashes) == ("validating_files", 1)
-    prepare(context, job_id)
-    failed = client.fine_tuning.jobs.retrieve(job_id)
-    assert failed.status == "failed"
-    assert failed.error is not None
-    assert failed.error.code == "stalled"
-    assert "made no progress for 1 s" in failed.error.message
+    prepare(context, unchecked_id)
+    assert (jobs.status(unchecked_id), jobs.row(unchecked_id).num_crashes) == ("validating_files", 1)
+    prepare(context, unchecked_id)
+    error = jobs.error(unchecked_id)
+    assert error.code == "stalled"
+    assert "made no progress for 1 s" in error.message
     assert not any(context.settings.runs_dir.rglob("*"))
 
 
-@pytest.mark.parametrize("how", ["cancel", "stop"])
+@pytest.mark.parametrize(("how", "status"), [("cancel", "cancelled"), ("stop", "validating_files")])
 def test_a_check_of_files_ends_at_once_when_its_job_is_cancelled_or_its_worker_stops(
-    client: openai.OpenAI, context: WorkerContext, pipe_for_a_file: None, how: str
+    jobs: Jobs, context: WorkerContext, unchecked_id: str, how: str, status: str
 ) -> None:
     context.settings = context.settings.model_copy(update={"stall_seconds": 600.0, "control_seconds": 0.1})
-    job_id = create_job(client)
-    thread = _check_in_thread(context, job_id)
+    thread = threading.Thread(target=prepare, args=(context, unchecked_id))
+    thread.start()
     wait_until(lambda: any(context.settings.runs_dir.rglob("question.json")))
     if how == "cancel":
-        client.fine_tuning.jobs.cancel(job_id)
+        jobs.cancel(unchecked_id)
     else:
         context.stopping.set()
     thread.join(20)
     assert not thread.is_alive()
-    job = job_row(context, job_id)
-    assert (job.status, job.num_crashes, job.error) == (
-        "cancelled" if how == "cancel" else "validating_files",
-        0,
-        None,
-    )
+    job = jobs.row(unchecked_id)
+    assert (job.status, job.num_crashes, job.error) == (status, 0, None)
     if how == "stop":
         assert job.lease_owner is None
     assert not any(context.settings.runs_dir.rglob("*"))

@@ -1,19 +1,18 @@
 """A job followed by trackers: a real PostgreSQL and a real TensorBoard file, a scripted training process."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import openai
 import pytest
 import structlog
 from pydantic import SecretStr
 
 from db.tables import Worker
-from luthier.core.events import EvaluatedEvent, Evaluation, FailedEvent, Metrics, SampleAnswer, StepEvent
+from luthier.core.events import EvaluatedEvent, Evaluation, FailedEvent, Metrics, SampleAnswer
 from luthier.core.settings import Settings
 from luthier.core.specs import DpoOptions, TrainingOptions, TrainingSpec, TunedModel
 from luthier.trackers import discover
@@ -23,10 +22,9 @@ from tests.conftest import Api
 from tests.event_files import read_events, scalars
 from tests.integration.training_script import BASE_FACTS, Script, ScriptedChild, run_script
 from tests.rows import colour_rows, jsonl
-from tests.training import train_next
+from tests.training import Jobs, train_next
 from worker.context import WorkerContext
 from worker.tasks.prepare import prepare
-from worker.tasks.train import claim
 from worker.training_process import tracking
 from worker.training_process.tracking import TrackerThread, start_tracking
 
@@ -38,7 +36,8 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def client(api: Api) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0)
+    # Not the strict one: the SDK's types know no tracker but wandb.
+    return api.client(is_strict=False)
 
 
 class Broken(Tracker):
@@ -59,37 +58,51 @@ class Broken(Tracker):
         raise ConnectionError("https://key@tracker.example is away")
 
 
-class Noted(TrackerRun):
-    def __init__(self, steps: list[int]) -> None:
-        self.steps = steps
+class Listening(Broken, TrackerRun):
+    """A tracker, and its only run, that keep what they get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opened: list[TrackedRun] = []
+        # Steps with their metrics, and the outcome last.
+        self.written: list[Any] = []
+
+    def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
+        self.opened.append(run)
+        return self
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.steps.append(step)
+        self.written.append((step, metrics))
 
     def close(self, status: RunStatus) -> None:
-        self.steps.append(-1)
+        self.written.append(status)
 
 
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[Broken]:
-    made = Broken()
+WANTED = {"type": "broken", "broken": {"project": "p"}}
+
+
+@pytest.fixture(params=[Broken])
+def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Broken:
+    """A tracker of the test's kind under the name `broken`."""
+    made = request.param()
     monkeypatch.setitem(discover(), "broken", made)
-    yield made
-    made.may_go.set()
+    return made
 
 
-def _create(client: openai.OpenAI, *integrations: dict[str, Any]) -> Any:
-    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
-    return client.fine_tuning.jobs.create(
-        model="tiny-llama", training_file=file.id, seed=1, extra_body={"integrations": list(integrations)}
-    )
+listening = pytest.mark.parametrize("tracker", [Listening], indirect=True)
 
 
-def _run(context: WorkerContext, job_id: str, folder: Path, *, epochs: int = 3) -> str:
-    """Run the job with a scripted process; return its ending."""
-    prepare(context, job_id)
-    claimed = claim(context)
-    assert claimed is not None
+def _follow(tracker: Tracker, settings: Settings) -> TrackerThread:
+    return TrackerThread(tracker, TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
+
+
+def _create(jobs: Jobs, *integrations: dict[str, Any]) -> str:
+    return jobs.create(rows=colour_rows(24), integrations=list(integrations))
+
+
+def _run(jobs: Jobs, job_id: str, folder: Path, *, epochs: int = 3) -> str:
+    prepare(jobs.context, job_id)
+    claimed = jobs.claim()
 
     def write(script: Script) -> None:
         script.start()
@@ -97,21 +110,23 @@ def _run(context: WorkerContext, job_id: str, folder: Path, *, epochs: int = 3) 
             script.epoch(epoch, 3.0 - epoch / 2)
         script.finish(epochs)
 
-    tracking = start_tracking(context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations)
-    ending = run_script(context, folder, write, steps=2, epochs=epochs, claimed=claimed, tracking=tracking)
+    tracking = start_tracking(
+        jobs.context, claimed.lease, claimed.project_id, claimed.spec, claimed.integrations
+    )
+    ending = run_script(
+        jobs.context, folder, write, steps=2, epochs=epochs, claimed=claimed, tracking=tracking
+    )
     tracking.end()
     return ending.value
 
 
-def test_tensorboard_shows_the_curves_of_a_job(
-    client: openai.OpenAI, context: WorkerContext, tmp_path: Path
-) -> None:
+def test_tensorboard_shows_the_curves_of_a_job(jobs: Jobs, tmp_path: Path) -> None:
     wanted = {"type": "tensorboard", "tensorboard": {"project": "mine", "name": "first"}}
-    job = _create(client, wanted)
-    assert client.fine_tuning.jobs.retrieve(job.id).to_dict()["integrations"] == [wanted]
-    assert _run(context, job.id, tmp_path / "run") == "succeeded"
+    job_id = _create(jobs, wanted)
+    assert jobs.get(job_id).to_dict()["integrations"] == [wanted]
+    assert _run(jobs, job_id, tmp_path / "run") == "succeeded"
     (path,) = (tmp_path / "curves").rglob("*tfevents*")
-    assert path.parent.name == f"first-{job.id}"
+    assert path.parent.name == f"first-{job_id}"
     assert path.parent.parent.name == "mine"
     events = [(event.step, scalars(event)) for event in read_events(path) if scalars(event)]
     steps = [(step, values) for step, values in events if "train_loss" in values]
@@ -123,44 +138,30 @@ def test_tensorboard_shows_the_curves_of_a_job(
     assert scores == {0: 9.0, 2: 2.5, 4: 2.0, 6: 1.5}
 
 
-def test_a_broken_tracker_costs_the_job_one_warning(
-    client: openai.OpenAI, context: WorkerContext, broken: Broken, tmp_path: Path
-) -> None:
-    wanted = {"type": "broken", "broken": {"project": "p"}}
+def test_a_broken_tracker_costs_the_job_one_warning(jobs: Jobs, tracker: Broken, tmp_path: Path) -> None:
     tensorboard = {"type": "tensorboard", "tensorboard": {"project": "mine"}}
-    job = _create(client, wanted, wanted | {}, tensorboard)
-    assert _run(context, job.id, tmp_path / "run") == "succeeded"
-    assert client.fine_tuning.jobs.retrieve(job.id).status == "succeeded"
-    messages = [
-        event for event in client.fine_tuning.jobs.list_events(job.id, limit=100) if event.level == "warn"
-    ]
+    job_id = _create(jobs, WANTED, WANTED | {}, tensorboard)
+    assert _run(jobs, job_id, tmp_path / "run") == "succeeded"
+    jobs.succeeded(job_id)
+    events = jobs.client.fine_tuning.jobs.list_events(job_id, limit=100)
+    messages = [event for event in events if event.level == "warn"]
     # One for each of the two, whatever else they would have had to say.
     assert len(messages) <= 2
     assert all("broken" in event.message and "key@" not in event.message for event in messages)
     assert list((tmp_path / "curves").rglob("*tfevents*"))
 
 
+@listening
 def test_a_tracker_gets_the_outcome_of_the_job(
-    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, tracker: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    statuses: list[str] = []
-
-    class Run(Noted):
-        def close(self, status: RunStatus) -> None:
-            statuses.append(status)
-
-    class Listening(Broken):
-        def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
-            return Run([])
-
-    monkeypatch.setitem(discover(), "broken", Listening())
-    job = _create(client, {"type": "broken", "broken": {"project": "p"}})
-    prepare(context, job.id)
-    failure = FailedEvent(job_id=job.id, code="non_finite_loss", message="The loss is not finite.")
+    job_id = _create(jobs, WANTED)
+    prepare(jobs.context, job_id)
+    failure = FailedEvent(job_id=job_id, code="non_finite_loss", message="The loss is not finite.")
     monkeypatch.setattr("worker.tasks.train.start_child", lambda *_: nullcontext(ScriptedChild([failure])))
-    assert train_next(context)
-    assert client.fine_tuning.jobs.retrieve(job.id).status == "failed"
-    assert statuses == ["failed"]
+    assert train_next(jobs.context)
+    assert jobs.status(job_id) == "failed"
+    assert tracker.written == ["failed"]
 
 
 def test_a_fault_is_reported_once_and_a_full_queue_blocks_no_job(
@@ -169,52 +170,35 @@ def test_a_fault_is_reported_once_and_a_full_queue_blocks_no_job(
     monkeypatch.setattr(tracking, "_MAX_WAITING", 3)
     monkeypatch.setattr(tracking, "_LAST_WORDS_SECONDS", 0.05)
     tracker = Broken(hangs=True)
-    thread = TrackerThread(tracker, TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
-    followed = tracking.Tracking([thread], lambda: "succeeded")
-    script = _events()
-    messages: list[str] = []
-    for event in script:
-        followed.take(event, add_event=lambda message, **_: messages.append(message))
-    assert messages == [
+    followed = tracking.Tracking([_follow(tracker, settings)], lambda: "succeeded")
+    assert _take_steps(followed) == [
         "The integration broken does not follow this job: it is too slow, and some steps are left out"
     ]
     followed.end()
     tracker.may_go.set()
 
 
-def _events() -> list[Any]:
-    return [
-        StepEvent(
-            job_id="j",
-            step=step,
-            total_steps=20,
-            epoch=0.1,
-            metrics=Metrics(train_loss=1.0),
-            learning_rate=0.1,
-            grad_norm=1.0,
-            num_tokens=1,
-            num_supervised_tokens=1,
-            tokens_per_second=1.0,
-            seconds_left=1.0,
-            peak_memory_bytes=1,
-        )
-        for step in range(1, 21)
-    ]
+def _take_steps(followed: tracking.Tracking) -> list[str]:
+    """Let twenty steps be followed; return what the job's events say of it."""
+    messages: list[str] = []
+    spec = TrainingSpec(base_id="b", tuning={"type": "lora"}, seed=1)
+    script = Script("j", spec, Path(), steps_an_epoch=20, num_epochs=1)
+    for step in range(1, 21):
+        event = script.step(step, Metrics(train_loss=1.0))
+        followed.take(event, add_event=lambda message, **_: messages.append(message))
+    return messages
 
 
 def test_what_raises_is_reported_by_its_kind_alone(settings: Settings) -> None:
     with structlog.testing.capture_logs() as logs:
-        thread = TrackerThread(Broken(), TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
+        thread = _follow(Broken(), settings)
         thread.join(30)
     (line,) = logs
     assert (line["event"], line["error_type"]) == ("tracker failed", "ConnectionError")
     assert line["raised_at"].startswith("test_tracking.py:")
     assert line["raised_at"].endswith(" open")
     assert "key@" not in repr(line)
-    messages: list[str] = []
-    followed = tracking.Tracking([thread], lambda: "failed")
-    for event in _events():
-        followed.take(event, add_event=lambda message, **_: messages.append(message))
+    messages = _take_steps(tracking.Tracking([thread], lambda: "failed"))
     assert messages == ["The integration broken does not follow this job: it has failed with ConnectionError"]
 
 
@@ -228,22 +212,8 @@ def test_a_configuration_of_another_version_is_reported_without_its_words(contex
     assert "not-for-the-log" not in repr(logs)
 
 
-def test_a_tracker_gets_parameters_and_metrics_and_no_text_of_a_user(
-    client: openai.OpenAI, context: WorkerContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[TrackedRun] = []
-    logged: list[tuple[int, Mapping[str, float]]] = []
-
-    class Run(Noted):
-        def log(self, step: int, metrics: Mapping[str, float]) -> None:
-            logged.append((step, metrics))
-
-    class Listening(Broken):
-        def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
-            opened.append(run)
-            return Run([])
-
-    monkeypatch.setitem(discover(), "broken", Listening())
+@listening
+def test_a_tracker_gets_parameters_and_metrics_and_no_text_of_a_user(jobs: Jobs, tracker: Listening) -> None:
     parent = TunedModel(model_id="m", name="ft:parent", method="prompt", digest="sha256:1")
     spec = TrainingSpec(
         base_id="b",
@@ -255,113 +225,83 @@ def test_a_tracker_gets_parameters_and_metrics_and_no_text_of_a_user(
         dpo=DpoOptions(beta=0.25),
     )
     script = Script("j", spec.model_copy(update={"base": BASE_FACTS}), Path(), steps_an_epoch=1, num_epochs=1)
-    evaluation = Evaluation(
-        step=3,
-        epoch=1.0,
-        valid_loss=0.5,
-        valid_reward_accuracy=0.75,
-        valid_reward_margin=1.5,
-        general_loss=3.0,
-        forgetting=0.125,
-        answers=[SampleAnswer(prompt="secret words", answer="secret words")],
-    )
-    wanted = [{"type": "broken", "broken": {"project": "p"}}]
-    lease = Lease(_create(client).id, 1, context.worker_id)
-    followed = start_tracking(context, lease, "p", spec, wanted)
+    scores = {
+        "valid_loss": 0.5,
+        "valid_reward_accuracy": 0.75,
+        "valid_reward_margin": 1.5,
+        "general_loss": 3.0,
+        "forgetting": 0.125,
+    }
+    answers = [SampleAnswer(prompt="secret words", answer="secret words")]
+    evaluation = Evaluation(step=3, epoch=1.0, answers=answers, **scores)
+    lease = Lease(_create(jobs), 1, jobs.context.worker_id)
+    followed = start_tracking(jobs.context, lease, "p", spec, [WANTED])
     event = EvaluatedEvent(job_id="j", evaluation=evaluation, report=script.report(3))
     followed.take(event, add_event=lambda *_args, **_facts: None)
     followed.end()
-    (run,) = opened
-    assert (
-        run.parameters.items()
-        >= {
-            "objective": "dpo",
-            "dpo.beta": 0.25,
-            "parent": "ft:parent",
-            "parent.digest": "sha256:1",
-            "foundation": "ft:foundation",
-            "foundation.digest": "sha256:2",
-            "tuning.type": "prompt",
-            "tuning.init": "text",
-            "seed": 1,
-        }.items()
-    )
-    assert logged == [
-        (
-            3,
-            {
-                "valid_loss": 0.5,
-                "valid_reward_accuracy": 0.75,
-                "valid_reward_margin": 1.5,
-                "general_loss": 3.0,
-                "forgetting": 0.125,
-            },
-        )
-    ]
-    assert "secret words" not in repr((opened, logged))
+    (run,) = tracker.opened
+    expected = {
+        "objective": "dpo",
+        "dpo.beta": 0.25,
+        "parent": "ft:parent",
+        "parent.digest": "sha256:1",
+        "foundation": "ft:foundation",
+        "foundation.digest": "sha256:2",
+        "tuning.type": "prompt",
+        "tuning.init": "text",
+        "seed": 1,
+    }
+    assert run.parameters.items() >= expected.items()
+    assert tracker.written[:-1] == [(3, scores)]
+    assert "secret words" not in repr((tracker.opened, tracker.written))
 
 
 def test_all_that_waits_is_written_before_the_end(settings: Settings) -> None:
-    steps: list[int] = []
-
-    class Slow(Broken):
-        def open(self, config: TrackerConfig, run: TrackedRun, settings: Settings) -> TrackerRun:
-            return Noted(steps)
-
-    thread = TrackerThread(Slow(), TrackerConfig(project="p"), TrackedRun("j", "p", "b"), settings)
-    followed = tracking.Tracking([thread], lambda: "succeeded")
-    for event in _events():
-        followed.take(event, add_event=lambda *_args, **_facts: None)
+    tracker = Listening()
+    followed = tracking.Tracking([_follow(tracker, settings)], lambda: "succeeded")
+    _take_steps(followed)
     followed.end()
-    assert steps == [*range(1, 21), -1]
+    *steps, outcome = tracker.written
+    assert [step for step, _ in steps] == list(range(1, 21))
+    assert outcome == "succeeded"
 
 
-def test_a_tracker_that_no_worker_has_is_refused(
-    api: Api, client: openai.OpenAI, context: WorkerContext
-) -> None:
+def _set_trackers(context: WorkerContext, *names: str) -> None:
+    with context.database.transaction() as session:
+        worker = session.get_one(Worker, context.worker_id)
+        worker.facts = worker.facts | {"trackers": names}
+
+
+def test_a_tracker_that_no_worker_has_is_refused(api: Api, jobs: Jobs) -> None:
     settings = api.state.settings.model_copy(update={"mlflow_tracking_uri": "http://mlflow.example"})
     object.__setattr__(api.state, "settings", settings)
     wanted = {"type": "mlflow", "mlflow": {"project": "p", "tags": ["a"]}}
-    with context.database.transaction() as session:
-        worker = session.get_one(Worker, context.worker_id)
-        worker.facts = worker.facts | {"trackers": ["tensorboard"]}
+    _set_trackers(jobs.context, "tensorboard")
     with pytest.raises(openai.BadRequestError) as caught:
-        _create(client, wanted)
+        _create(jobs, wanted)
     assert (caught.value.param, caught.value.code) == ("integrations.0.type", "unsupported_value")
     assert "luthier[mlflow]" in str(caught.value)
-    with context.database.transaction() as session:
-        worker = session.get_one(Worker, context.worker_id)
-        worker.facts = worker.facts | {"trackers": ["mlflow", "tensorboard"]}
-    assert _create(client, wanted).status == "validating_files"
+    _set_trackers(jobs.context, "mlflow", "tensorboard")
+    assert jobs.status(_create(jobs, wanted)) == "validating_files"
 
 
 def test_the_sdks_own_wandb_integration_is_echoed_without_a_secret(api: Api) -> None:
+    client = api.client()
     secret = SecretStr("not-for-clients")
     update = {"wandb_api_key": secret, "wandb_entity": "entity"}
     settings = api.state.settings.model_copy(update=update)
     object.__setattr__(api.state, "settings", settings)
-    strict = openai.OpenAI(
-        base_url=f"{api.base_url}/v1", api_key=api.key, max_retries=0, _strict_response_validation=True
-    )
-    file = strict.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
+    file = client.files.create(file=("rows.jsonl", jsonl(colour_rows(24))), purpose="fine-tune")
     wandb = {"project": "my-wandb-project", "entity": "entity", "name": "name", "tags": ["custom-tag"]}
-    job = strict.fine_tuning.jobs.create(
+    job = client.fine_tuning.jobs.create(
         model="tiny-llama",
         training_file=file.id,
-        integrations=[{"type": "wandb", "wandb": wandb}],  # type: ignore[typeddict-item]
+        integrations=[{"type": "wandb", "wandb": wandb}],
     )
-    assert job.integrations is not None
     assert job.integrations[0].wandb.model_dump() == wandb
-    raw = httpx2.get(f"{api.base_url}/v1/fine_tuning/jobs/{job.id}", headers=api.headers)
-    assert "not-for-clients" not in raw.text
+    assert "not-for-clients" not in api.ask("GET", f"/fine_tuning/jobs/{job.id}").text
     # The operator's key may write to more entities than the operator's own.
-    refused = httpx2.post(
-        f"{api.base_url}/v1/fine_tuning/jobs",
-        headers=api.headers,
-        json={
-            "model": "tiny-llama",
-            "training_file": file.id,
-            "integrations": [{"type": "wandb", "wandb": wandb | {"entity": "another"}}],
-        },
-    )
+    integrations = [{"type": "wandb", "wandb": wandb | {"entity": "another"}}]
+    body = {"model": "tiny-llama", "training_file": file.id, "integrations": integrations}
+    refused = api.ask("POST", "/fine_tuning/jobs", body=body)
     assert refused.json()["error"]["param"] == "integrations.0.wandb.entity"

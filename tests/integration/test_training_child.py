@@ -17,7 +17,7 @@ from luthier.data.prepare.prepared_rows import read_prepared, write_prepared
 from luthier.storage.manifests import verify_folder
 from luthier.training.loop.evaluation import general_passages
 from tests.tiny import build_tiny_base, build_tiny_rows, build_tiny_run
-from tests.training_runs import failed, finished, run_here
+from tests.training_runs import Build, failed, finished, run_here
 
 # Four epochs of six steps; in every step random numbers are drawn.
 SETTINGS: dict[str, Any] = {
@@ -45,7 +45,6 @@ class Child:
         return (parse_event(line) for line in self.process.stdout)
 
     def signal_at_step(self, step: int, number: int) -> None:
-        """Send a signal as soon as the event of a step is read."""
         for event in self:
             if event.type == "step" and event.step == step:
                 self.process.send_signal(number)
@@ -53,12 +52,9 @@ class Child:
         pytest.fail(f"no step {step}: {self.errors()}")
 
     def errors(self) -> str:
-        """Return what the child wrote to standard error."""
-        assert self.process.stderr is not None
         return self.process.stderr.read()
 
     def end(self) -> list[TrainingEvent]:
-        """Read the remaining events and wait for the exit."""
         events = list(self)
         self.process.wait(timeout=60)
         return events
@@ -77,8 +73,11 @@ def process(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return run, events, child.process.returncode
 
 
+Undisturbed = tuple[Path, list[TrainingEvent]]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(process: tuple[Path, list[TrainingEvent], int]) -> tuple[Path, list[TrainingEvent]]:
+def undisturbed(process: tuple[Path, list[TrainingEvent], int]) -> Undisturbed:
     """A run without any trouble: its folder and its events."""
     folder, events, _ = process
     return folder, events[1:]
@@ -97,7 +96,7 @@ def started(events: list[TrainingEvent]) -> StartedEvent:
     return next(event for event in events if isinstance(event, StartedEvent))
 
 
-def test_a_run_reports_its_events_in_order(undisturbed: tuple[Path, list[TrainingEvent]]) -> None:
+def test_a_run_reports_its_events_in_order(undisturbed: Undisturbed) -> None:
     folder, events = undisturbed
     an_epoch = ["step"] * 5 + ["step", "checkpoint", "evaluated"]
     kinds = [event.type for event in events if event.type not in {"save_point", "message"}]
@@ -109,9 +108,9 @@ def test_a_run_reports_its_events_in_order(undisturbed: tuple[Path, list[Trainin
     assert finished(events).trained_tokens == 4 * rows.num_tokens == sum(event.num_tokens for event in steps)
 
 
-def test_the_loss_falls_on_training_and_validation_rows(base: Path, tmp_path: Path) -> None:
+def test_the_loss_falls_on_training_and_validation_rows(build: Build) -> None:
     settings = SETTINGS | {"tuning": {}, "hyperparameters": {"n_epochs": 12, "batch_size": 4}}
-    events = run_here(build_tiny_run(tmp_path / "run", base, **settings), num_passages=1)
+    events = run_here(build("run", **settings), num_passages=1)
     losses = [event.metrics.train_loss for event in events if event.type == "step"]
     assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
     first, *_, last = finished(events).report.evaluations
@@ -119,9 +118,7 @@ def test_the_loss_falls_on_training_and_validation_rows(base: Path, tmp_path: Pa
     assert finished(events).metrics.full_valid_loss == last.valid_loss
 
 
-def test_every_epoch_ends_in_a_checkpoint_and_the_last_one_is_the_artifact(
-    undisturbed: tuple[Path, list[TrainingEvent]],
-) -> None:
+def test_every_epoch_ends_in_a_checkpoint_and_the_last_one_is_the_artifact(undisturbed: Undisturbed) -> None:
     folder, events = undisturbed
     checkpoints = [event for event in events if event.type == "checkpoint"]
     assert [event.step for event in checkpoints] == [6, 12, 18, 24]
@@ -144,10 +141,8 @@ def test_every_epoch_ends_in_a_checkpoint_and_the_last_one_is_the_artifact(
     assert [line["step"] for line in log if "train_loss" in line] == list(range(1, 25))
 
 
-def test_kill_9_and_resume_give_the_undisturbed_digest(
-    base: Path, tmp_path: Path, undisturbed: tuple[Path, list[TrainingEvent]]
-) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+def test_kill_9_and_resume_give_the_undisturbed_digest(undisturbed: Undisturbed, build: Build) -> None:
+    folder = build("run", **SETTINGS)
     child = Child(str(folder))
     child.signal_at_step(8, signal.SIGKILL)
     child.end()
@@ -165,9 +160,9 @@ def test_kill_9_and_resume_give_the_undisturbed_digest(
 
 
 def test_term_saves_the_last_step_and_the_next_attempt_resumes_from_it(
-    base: Path, tmp_path: Path, undisturbed: tuple[Path, list[TrainingEvent]]
+    undisturbed: Undisturbed, build: Build
 ) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+    folder = build("run", **SETTINGS)
     child = Child(str(folder))
     child.signal_at_step(7, signal.SIGTERM)
     events = child.end()
@@ -198,8 +193,8 @@ def test_a_base_that_gives_no_numbers_fails_before_the_first_step(base: Path, tm
     assert not (folder / "checkpoints").exists()
 
 
-def test_rows_without_a_supervised_token_fail_at_once(base: Path, tmp_path: Path) -> None:
-    folder = build_tiny_run(tmp_path / "run", base)
+def test_rows_without_a_supervised_token_fail_at_once(build: Build) -> None:
+    folder = build("run")
     rows = read_prepared(folder / "train.safetensors")
     rows.supervised[:] = False
     write_prepared(rows, folder / "train.safetensors")
@@ -209,23 +204,21 @@ def test_rows_without_a_supervised_token_fail_at_once(base: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
-def test_virtual_tokens_that_leave_too_little_of_the_context_are_refused(
-    method: str, base: Path, tmp_path: Path
-) -> None:
+def test_virtual_tokens_that_leave_too_little_of_the_context_are_refused(method: str, build: Build) -> None:
     longest = int(build_tiny_rows(24).lengths.max())
     # The base's context is 256 tokens; the general text fits into whatever is left.
     fits = {"type": method, "num_virtual_tokens": 256 - longest}
     settings = {"hyperparameters": {"n_epochs": 1}, "num_validation_rows": 0}
-    assert finished(run_here(build_tiny_run(tmp_path / "fits", base, tuning=fits, **settings)))
+    assert finished(run_here(build("fits", tuning=fits, **settings)))
     too_many = {"type": method, "num_virtual_tokens": 257 - longest}
-    event = failed(run_here(build_tiny_run(tmp_path / "run", base, tuning=too_many, **settings)))
+    event = failed(run_here(build("run", tuning=too_many, **settings)))
     assert (event.code, event.param) == ("invalid_value", "tuning.num_virtual_tokens")
     assert f"training.max_length to {longest - 1}" in event.message
 
 
-def test_a_sample_prompt_over_the_context_is_refused_by_its_number(base: Path, tmp_path: Path) -> None:
+def test_a_sample_prompt_over_the_context_is_refused_by_its_number(build: Build) -> None:
     prompts = ["short", "long " * 300]
-    events = run_here(build_tiny_run(tmp_path / "run", base, training={"sample_prompts": prompts}))
+    events = run_here(build("run", training={"sample_prompts": prompts}))
     assert (failed(events).code, failed(events).param) == ("invalid_value", "training.sample_prompts.1")
     assert "Sample prompt 2" in failed(events).message
     assert "long" not in failed(events).message

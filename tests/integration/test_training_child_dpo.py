@@ -1,14 +1,12 @@
 """Runs on preferences, from the run directory to the artifact."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from luthier.core.events import EvaluatedEvent, StepEvent, TrainingEvent
 from luthier.methods import discover
-from tests.tiny import build_tiny_run
-from tests.training_runs import finished, run_here, run_killed_everywhere
+from tests.training_runs import Build, finished, run_here, run_killed_everywhere
 
 SETTINGS: dict[str, Any] = {
     "num_rows": 12,
@@ -26,10 +24,10 @@ def steps(events: list[TrainingEvent]) -> list[StepEvent]:
 
 
 @pytest.mark.parametrize("method", list(discover()))
-def test_every_method_learns_to_prefer(method: str, base: Path, tmp_path: Path) -> None:
+def test_every_method_learns_to_prefer(method: str, build: Build) -> None:
     training = {"learning_rate": 3e-2 if method in ("prompt", "prefix") else 5e-3}
     settings = SETTINGS | {"training": training, "hyperparameters": {"n_epochs": 8, "batch_size": 4}}
-    folder = build_tiny_run(tmp_path / "run", base, tuning={"type": method}, **settings)
+    folder = build("run", tuning={"type": method}, **settings)
     events = run_here(folder, max_tokens=MAX_TOKENS)
     last = finished(events)
     reported = [event.metrics for event in steps(events)]
@@ -45,13 +43,11 @@ def test_every_method_learns_to_prefer(method: str, base: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_that_is_killed_after_every_event_gives_the_undisturbed_digest(
-    method: str, base: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_after_every_event_gives_the_undisturbed_digest(method: str, build: Build) -> None:
     settings = SETTINGS | {"tuning": {"type": method}}
-    undisturbed = build_tiny_run(tmp_path / "undisturbed", base, **settings)
+    undisturbed = build("undisturbed", **settings)
     expected = finished(run_here(undisturbed, max_tokens=MAX_TOKENS))
-    folder = build_tiny_run(tmp_path / "killed", base, **settings)
+    folder = build("killed", **settings)
     num_kills, events = run_killed_everywhere(folder, max_tokens=MAX_TOKENS)
     found = finished(events)
     assert num_kills == 15

@@ -11,8 +11,7 @@ from luthier.core.events import MessageEvent, TrainingEvent
 from luthier.methods import discover
 from luthier.modeling.training_protocols import Batch, Loss
 from luthier.training.model.training_model import JobModel
-from tests.tiny import build_tiny_base, build_tiny_run
-from tests.training_runs import failed, finished, run_here
+from tests.training_runs import Build, failed, finished, run_here
 
 SETTINGS: dict[str, Any] = {
     "num_rows": 24,
@@ -25,11 +24,6 @@ ERRORS = [
     RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 12 bytes"),
     MemoryError(),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
 
 
 def limit_tokens(monkeypatch: pytest.MonkeyPatch, limit: int, error: BaseException = ERRORS[0]) -> None:
@@ -57,12 +51,12 @@ def warnings_of(events: list[TrainingEvent]) -> list[str]:
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu", "python"])
 def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_result(
-    error: BaseException, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, build: Build
 ) -> None:
     # Dropout draws random numbers in every part: the step that is done again must draw the same.
     settings = SETTINGS | {"tuning": {"dropout": 0.2}}
     limit_tokens(monkeypatch, 250, error)
-    events = run_here(build_tiny_run(tmp_path / "halved", base, **settings))
+    events = run_here(build("halved", **settings))
     (warning,) = warnings_of(events)
     match = re.search(r"step 1 with 8 rows \((\d+) tokens\).* at most (\d+) tokens.*1 of at most 3", warning)
     assert match is not None, warning
@@ -71,18 +65,16 @@ def test_a_step_that_does_not_fit_is_done_again_in_halves_with_the_same_result(
     report = finished(events).report
     assert report.micro_batch_halvings == 1
     monkeypatch.undo()
-    small = finished(run_here(build_tiny_run(tmp_path / "small", base, **settings), max_tokens=half))
+    small = finished(run_here(build("small", **settings), max_tokens=half))
     assert small.report.micro_batch_halvings == 0
     assert finished(events).digest == small.digest
     assert small.trained_tokens == finished(events).trained_tokens
 
 
-def test_halves_are_kept_by_the_attempts_after(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_halves_are_kept_by_the_attempts_after(monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
     limit_tokens(monkeypatch, 250)
-    expected = finished(run_here(build_tiny_run(tmp_path / "undisturbed", base, **SETTINGS)))
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+    expected = finished(run_here(build("undisturbed", **SETTINGS)))
+    folder = build("run", **SETTINGS)
     run_here(folder, kill_after=lambda event: event.type == "step" and event.step == 2)
     # The next attempt finds room enough, and still computes as the first one began.
     monkeypatch.undo()
@@ -93,13 +85,11 @@ def test_halves_are_kept_by_the_attempts_after(
 
 
 @pytest.mark.parametrize("method", list(discover()))
-def test_the_effective_batch_stays_as_it_was(
-    method: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_effective_batch_is_unchanged(method: str, monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
     settings = SETTINGS | {"tuning": {"type": method}}
-    whole = run_here(build_tiny_run(tmp_path / "whole", base, **settings))
+    whole = run_here(build("whole", **settings))
     limit_tokens(monkeypatch, 120)
-    halved = run_here(build_tiny_run(tmp_path / "halved", base, **settings))
+    halved = run_here(build("halved", **settings))
     assert 1 < finished(halved).report.micro_batch_halvings <= 3
     expected = [event for event in whole if event.type == "step"]
     found = [event for event in halved if event.type == "step"]
@@ -110,11 +100,11 @@ def test_the_effective_batch_stays_as_it_was(
 
 
 def test_a_row_that_does_not_fit_alone_ends_the_job_with_need_and_room(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: Build
 ) -> None:
     settings = SETTINGS | {"hyperparameters": {"n_epochs": 1, "batch_size": 1}}
     limit_tokens(monkeypatch, 11)
-    events = run_here(build_tiny_run(tmp_path / "run", base, **settings))
+    events = run_here(build("run", **settings))
     event = failed(events)
     assert (event.code, event.is_retryable) == ("out_of_memory", False)
     assert re.search(r"Step 1, with one row of \d+ tokens at a time, does not fit into memory", event.message)
@@ -123,10 +113,10 @@ def test_a_row_that_does_not_fit_alone_ends_the_job_with_need_and_room(
     assert not (tmp_path / "run" / "artifact").exists()
 
 
-def test_the_fourth_time_ends_the_job(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fourth_time_ends_the_job(monkeypatch: pytest.MonkeyPatch, build: Build) -> None:
     settings = SETTINGS | {"num_rows": 48, "hyperparameters": {"n_epochs": 1, "batch_size": 48}}
     limit_tokens(monkeypatch, 50)
-    events = run_here(build_tiny_run(tmp_path / "run", base, **settings))
+    events = run_here(build("run", **settings))
     assert len(warnings_of(events)) == 3
     assert failed(events).code == "out_of_memory"
     assert re.search(r"Step 1, with \d+ rows of \d+ tokens at a time", failed(events).message)

@@ -42,7 +42,6 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """One model of every method."""
     folder = tmp_path_factory.mktemp("parents")
     return {
         name: Trained(build_tiny_run(folder / name, base, **SETTINGS, tuning={"type": name}))
@@ -68,14 +67,12 @@ def test_a_run_continues_from_its_parents_scores_to_the_bit_and_says_so(
     parent = trained[method]
     event = finished(run_here(resume(tmp_path / "run", base, parent)))
     report = event.report
-    assert report.started_from is not None
     assert (report.started_from.name, report.started_from.digest) == (
         parent.parent.model.name,
         parent.event.digest,
     )
     # The same weights on the same rows in the same order of sums.
     assert scores(report, 0) == scores(parent.report, -1)
-    assert report.base_evaluation is not None
     assert report.base_evaluation.scores == scores(parent.report, 0)
     # Forgetting is what this job has done.
     gone = report.evaluations[-1].scores["general_loss"] - scores(parent.report, -1)["general_loss"]
@@ -137,11 +134,7 @@ def test_after_a_whole_model_any_method_starts_on_it_and_continues_there(
     method: str, base: Path, tmp_path: Path, trained: dict[str, Trained]
 ) -> None:
     whole = trained[WHOLE]
-    on_whole: dict[str, Any] = {
-        "tuning": {"type": method},
-        "parent": whole.parent,
-        "foundation": whole.parent,
-    }
+    on_whole = {"tuning": {"type": method}, "parent": whole.parent, "foundation": whole.parent}
     first = Trained(build_tiny_run(tmp_path / "first", base, **SETTINGS, **on_whole))
     manifest = read_manifest(first.parent.folder)
     assert manifest.base_digest == whole.event.digest

@@ -18,7 +18,7 @@ from luthier.training.loop.gradient_accumulation import GradientAccumulator
 from luthier.training.loop.loop import Loop
 from luthier.training.output.resume_state import SavePoints
 from tests.tiny import build_tiny_run
-from tests.training_runs import finished, run_here, run_killed_everywhere
+from tests.training_runs import Build, finished, run_here, run_killed_everywhere
 
 METHODS = list(discover())
 # Two epochs of three steps, a save point in the middle of each and at the end of the second.
@@ -51,13 +51,11 @@ def log_of(folder: Path) -> bytes:
     # Low-rank updates and whole weights are kept in two ways; the other methods' are kept as the first are.
     [name if name in {"lora", "full"} else pytest.param(name, marks=pytest.mark.full) for name in METHODS],
 )
-def test_a_run_that_is_killed_after_every_event_gives_the_undisturbed_digest(
-    method: str, base: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_after_every_event_gives_the_undisturbed_digest(method: str, build: Build) -> None:
     settings = SETTINGS | {"tuning": tuning_of(method)}
-    undisturbed = build_tiny_run(tmp_path / "undisturbed", base, **settings)
+    undisturbed = build("undisturbed", **settings)
     expected = finished(run_here(undisturbed, max_tokens=MAX_TOKENS))
-    folder = build_tiny_run(tmp_path / "killed", base, **settings)
+    folder = build("killed", **settings)
     num_kills, events = run_killed_everywhere(folder, max_tokens=MAX_TOKENS)
     # started, 6 steps, 3 save points, 2 checkpoints, 3 evaluations: before, at and after epoch ends.
     assert num_kills == 15
@@ -74,19 +72,17 @@ def test_a_run_that_is_killed_after_every_event_gives_the_undisturbed_digest(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_term_saves_the_last_step_and_the_next_attempt_repeats_none(
-    method: str, base: Path, tmp_path: Path
-) -> None:
+def test_term_saves_the_last_step_and_the_next_attempt_repeats_none(method: str, build: Build) -> None:
     # Without dropout, so that the fast path runs where there is one.
     settings = SETTINGS | {"tuning": {"type": method}}
-    expected = finished(run_here(build_tiny_run(tmp_path / "undisturbed", base, **settings)))
-    folder = build_tiny_run(tmp_path / "run", base, **settings)
+    expected = finished(run_here(build("undisturbed", **settings)))
+    folder = build("run", **settings)
     events = run_here(folder, term_after=lambda event: event.type == "step" and event.step == 5)
     assert isinstance(events[-1], StoppedEvent)
     assert events[-1].step == 5
     assert not (folder / "artifact").exists()
     # The worker's next attempt starts in a folder that has the save point and nothing else.
-    again = build_tiny_run(tmp_path / "again", base, **settings)
+    again = build("again", **settings)
     shutil.copytree(folder / "save_points" / "step-000005", again / "save_points" / "step-000005")
     events = run_here(again)
     assert started(events).start_step == 5
@@ -96,10 +92,8 @@ def test_term_saves_the_last_step_and_the_next_attempt_repeats_none(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stop_before_the_first_step_leaves_nothing_to_resume_from(
-    method: str, base: Path, tmp_path: Path
-) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS, tuning={"type": method})
+def test_a_stop_before_the_first_step_leaves_nothing_to_resume_from(method: str, build: Build) -> None:
+    folder = build("run", **SETTINGS, tuning={"type": method})
     events = run_here(folder, is_stopped=True)
     assert isinstance(events[-1], StoppedEvent)
     assert events[-1].step == 0
@@ -107,10 +101,10 @@ def test_a_stop_before_the_first_step_leaves_nothing_to_resume_from(
     assert list((folder / "save_points").iterdir()) == []
 
 
-def test_another_run_directory_continues_with_the_history_of_the_first(base: Path, tmp_path: Path) -> None:
-    first = build_tiny_run(tmp_path / "first", base, **SETTINGS)
+def test_another_run_directory_continues_with_the_history_of_the_first(build: Build) -> None:
+    first = build("first", **SETTINGS)
     expected = finished(run_here(first))
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+    folder = build("run", **SETTINGS)
     shutil.copytree(first / "save_points" / "step-000006", folder / "save_points" / "step-000006")
     events = run_here(folder)
     assert not any(event.type == "step" for event in events)
@@ -124,7 +118,7 @@ def test_another_run_directory_continues_with_the_history_of_the_first(base: Pat
 _KILLED_IN_SAVES = """
 import itertools, os, shutil, signal, sys
 from pathlib import Path
-from tests.training_runs import run_here
+from tests.training_runs import Build, run_here
 
 def kill_at(number):
     touched = 0
@@ -152,11 +146,9 @@ for number in itertools.count(1):
 
 
 @pytest.mark.full
-def test_a_run_that_is_killed_anywhere_in_a_save_gives_the_undisturbed_digest(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_anywhere_in_a_save_gives_the_undisturbed_digest(tmp_path: Path, build: Build) -> None:
     settings = SETTINGS | {"training": SETTINGS["training"] | {"save_every_steps": 1}}
-    folder = build_tiny_run(tmp_path / "run", base, **settings)
+    folder = build("run", **settings)
     subprocess.run([sys.executable, "-c", _KILLED_IN_SAVES, str(folder)], check=True, timeout=300)
     expected = finished(run_here(folder)).digest
     found = set()
@@ -174,10 +166,8 @@ def test_a_run_that_is_killed_anywhere_in_a_save_gives_the_undisturbed_digest(
 @pytest.mark.parametrize(
     "name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
 )
-def test_a_damaged_save_point_is_skipped_for_the_one_before_and_said_so(
-    name: str, base: Path, tmp_path: Path
-) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+def test_a_damaged_save_point_is_skipped_for_the_one_before_and_said_so(name: str, build: Build) -> None:
+    folder = build("run", **SETTINGS)
     expected = finished(run_here(folder))
     shutil.rmtree(folder / "checkpoints")
     shutil.rmtree(folder / "artifact")
@@ -193,15 +183,13 @@ def test_a_damaged_save_point_is_skipped_for_the_one_before_and_said_so(
     assert finished(events).digest == expected.digest
 
 
-def test_a_save_point_of_other_settings_or_other_validation_rows_is_not_resumed(
-    base: Path, tmp_path: Path
-) -> None:
-    first = build_tiny_run(tmp_path / "first", base, **SETTINGS)
+def test_a_save_point_of_other_settings_or_other_validation_rows_is_not_resumed(build: Build) -> None:
+    first = build("first", **SETTINGS)
     run_here(first)
     other_epochs = SETTINGS | {"hyperparameters": {"n_epochs": 3, "batch_size": 4}}
     other_rows = SETTINGS | {"num_validation_rows": 4}
     for name, settings in (("epochs", other_epochs), ("rows", other_rows)):
-        other = build_tiny_run(tmp_path / name, base, **settings)
+        other = build(name, **settings)
         shutil.copytree(first / "save_points", other / "save_points")
         events = run_here(other)
         assert started(events).start_step == 0
@@ -235,7 +223,6 @@ class SlowSaves:
         self._seconds_a_save = seconds_a_save
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let the loop go by this clock."""
         compute, write = GradientAccumulator.compute, SavePoints.write
 
         def step(*arguments: Any) -> Any:
@@ -251,16 +238,16 @@ class SlowSaves:
         monkeypatch.setattr(assemble_module, "Loop", functools.partial(Loop, clock=lambda: self.now))
 
 
-def test_the_log_of_a_run_holds_the_bases_scores_and_every_step(base: Path, tmp_path: Path) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, **SETTINGS)
+def test_the_log_of_a_run_holds_the_bases_scores_and_every_step(build: Build) -> None:
+    folder = build("run", **SETTINGS)
     run_here(folder)
     lines = [json.loads(line) for line in log_of(folder).splitlines()]
     assert {"base_valid_loss", "base_valid_mean_token_accuracy", "base_general_loss"} < set(lines[0])
     assert [line["step"] for line in lines] == list(range(7))
 
 
-def test_a_step_has_one_save_point_though_a_stop_is_asked_right_after_it(base: Path, tmp_path: Path) -> None:
-    folder = build_tiny_run(tmp_path / "run", base, training={"save_every_steps": 1})
+def test_a_step_has_one_save_point_though_a_stop_is_asked_right_after_it(build: Build) -> None:
+    folder = build("run", training={"save_every_steps": 1})
     events = run_here(folder, term_after=lambda event: event.type == "save_point" and event.step == 2)
     saved = [event.step for event in events if event.type == "save_point"]
     assert saved == [1, 2]

@@ -1,7 +1,7 @@
 """Projects take turns: one with a long queue keeps no other waiting behind all of it."""
 
-import httpx2
 import openai
+import pytest
 from sqlalchemy import func, update
 
 from db.tables import Job
@@ -9,13 +9,6 @@ from services.jobs import leases
 from tests.conftest import Api
 from tests.rows import colour_rows, jsonl
 from worker.context import WorkerContext
-
-
-def _client_of(api: Api, project: str) -> openai.OpenAI:
-    answer = httpx2.post(
-        f"{api.base_url}/v1/keys", headers=api.headers, json={"name": project, "project": project}
-    )
-    return openai.OpenAI(base_url=f"{api.base_url}/v1", api_key=answer.json()["key"], max_retries=0)
 
 
 def _create(client: openai.OpenAI, count: int) -> list[str]:
@@ -26,18 +19,17 @@ def _create(client: openai.OpenAI, count: int) -> list[str]:
     ]
 
 
-def _end(context: WorkerContext, lease: leases.Lease) -> None:
-    with context.database.transaction() as session:
-        leases.leave(session, lease, leases.JobStatus.FAILED, outcome="failed")
+@pytest.fixture
+def violins(api: Api) -> openai.OpenAI:
+    """A client of another project."""
+    return api.client(api.make_key("violins")["key"])
 
 
 def _train(context: WorkerContext) -> str:
-    """Claim the next job and end it; return its id."""
     with context.database.transaction() as session:
-        taken = leases.claim_for_training(session, "one", 8, 30)
-    assert taken is not None
-    _end(context, taken[0])
-    return taken[0].job_id
+        lease, job = leases.claim_for_training(session, "one", 8, 30)
+        leases.leave(session, lease, leases.JobStatus.FAILED, outcome="failed")
+        return job.id
 
 
 def _prepare(context: WorkerContext) -> str:
@@ -58,20 +50,22 @@ def _queue_all(context: WorkerContext) -> None:
 
 
 def test_the_other_projects_job_is_next_whatever_one_has_queued(
-    api: Api, client: openai.OpenAI, context: WorkerContext
+    violins: openai.OpenAI, client: openai.OpenAI, context: WorkerContext
 ) -> None:
     many = _create(client, 30)
     _queue_all(context)
     assert [_train(context) for _ in range(2)] == many[:2]
-    [other] = _create(_client_of(api, "violins"), 1)
+    [other] = _create(violins, 1)
     _queue_all(context)
     assert _train(context) == other
     assert [_train(context) for _ in range(2)] == many[2:4]
 
 
-def test_two_long_queues_are_served_in_turn(api: Api, client: openai.OpenAI, context: WorkerContext) -> None:
+def test_two_long_queues_are_served_in_turn(
+    violins: openai.OpenAI, client: openai.OpenAI, context: WorkerContext
+) -> None:
     mine = _create(client, 6)
-    others = _create(_client_of(api, "violins"), 3)
+    others = _create(violins, 3)
     _queue_all(context)
     taken = [_train(context) for _ in range(6)]
     assert [job_id for job_id in taken if job_id in mine] == mine[:3]
@@ -82,19 +76,15 @@ def test_two_long_queues_are_served_in_turn(api: Api, client: openai.OpenAI, con
 
 
 def test_a_project_with_a_running_job_goes_behind_one_without(
-    api: Api, client: openai.OpenAI, context: WorkerContext
+    violins: openai.OpenAI, client: openai.OpenAI, context: WorkerContext
 ) -> None:
     mine = _create(client, 3)
-    [other] = _create(_client_of(api, "violins"), 1)
+    [other] = _create(violins, 1)
     _queue_all(context)
     with context.database.transaction() as session:
         # The other project was served last, and has nothing at work.
-        first = leases.claim_for_training(session, "two", 8, 30)
-        assert first is not None
-        assert first[1].id == mine[0]
-        second = leases.claim_for_training(session, "two", 8, 30)
-        assert second is not None
-        assert second[1].id == other
+        for expected in (mine[0], other):
+            assert leases.claim_for_training(session, "two", 8, 30)[1].id == expected
         session.execute(
             update(Job)
             .where(Job.id == other)
@@ -103,20 +93,22 @@ def test_a_project_with_a_running_job_goes_behind_one_without(
     assert _train(context) == other
 
 
-def test_files_wait_for_their_check_in_turn(api: Api, client: openai.OpenAI, context: WorkerContext) -> None:
+def test_files_wait_for_their_check_in_turn(
+    violins: openai.OpenAI, client: openai.OpenAI, context: WorkerContext
+) -> None:
     many = _create(client, 5)
     assert _prepare(context) == many[0]
-    [other] = _create(_client_of(api, "violins"), 1)
+    [other] = _create(violins, 1)
     assert _prepare(context) == other
     assert [_prepare(context) for _ in range(2)] == many[1:3]
 
 
 def test_a_resumed_queue_of_old_jobs_counts_its_newest_claim(
-    api: Api, client: openai.OpenAI, context: WorkerContext
+    violins: openai.OpenAI, client: openai.OpenAI, context: WorkerContext
 ) -> None:
     """Jobs that ran before and wait again may not pass for jobs that were never served."""
     mine = _create(client, 3)
-    [other] = _create(_client_of(api, "violins"), 1)
+    [other] = _create(violins, 1)
     with context.database.transaction() as session:
         session.execute(
             update(Job).where(Job.id.in_(mine)).values(started_at=func.now() - func.make_interval(0, 0, 1))

@@ -5,14 +5,13 @@ import os
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import openai
 
 from tests.conftest import Api, wait_until
-from tests.integration.wire import stored_objects, upload
 from tests.rows import chat_row, jsonl
 
 _OWN_PID = os.getpid()
@@ -30,7 +29,6 @@ def _seconds(who: int) -> float:
 
 
 def _checking() -> list[str]:
-    """Return the processes that check files."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -46,23 +44,29 @@ def _checking() -> list[str]:
 @contextmanager
 def _begun(api: Api) -> Iterator[http.client.HTTPConnection]:
     """Hold an upload of which more than a MiB came, and whose end does not come."""
-    address = urlsplit(api.base_url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
-    connection.putrequest("POST", "/v1/files")
-    for name, value in api.headers.items():
-        connection.putheader(name, value)
-    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
-    connection.putheader("Content-Length", str(100 * MIB))
-    connection.endheaders(HEAD + ROWS)
+    connection = _connect(api, 100 * MIB, HEAD + ROWS)
     try:
         yield connection
     finally:
         connection.close()
 
 
+def _connect(api: Api, num_bytes: int, begin: bytes) -> http.client.HTTPConnection:
+    """Begin an upload of a declared length."""
+    address = urlsplit(api.base_url)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
+    connection.putrequest("POST", "/v1/files")
+    for name, value in api.headers.items():
+        connection.putheader(name, value)
+    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+    connection.putheader("Content-Length", str(num_bytes))
+    connection.endheaders(begin)
+    return connection
+
+
 def test_small_rows_are_checked_outside_of_the_process_that_answers(api: Api) -> None:
     before = _seconds(resource.RUSAGE_SELF), _seconds(resource.RUSAGE_CHILDREN)
-    answer = upload(api, b'{"text":"a"}\n' * (16 * MIB // 13))
+    answer = api.upload(b'{"text":"a"}\n' * (16 * MIB // 13))
     here = _seconds(resource.RUSAGE_SELF) - before[0]
     there = _seconds(resource.RUSAGE_CHILDREN) - before[1]
     assert answer.status_code == 200, answer.text
@@ -73,23 +77,21 @@ def test_small_rows_are_checked_outside_of_the_process_that_answers(api: Api) ->
 def test_a_third_large_upload_of_a_project_is_refused_until_one_is_done(api: Api) -> None:
     with _begun(api), _begun(api) as second:
         wait_until(lambda: len(_checking()) == 2, what="two files are checked")
-        refused = upload(api, ROWS)
+        refused = api.upload(ROWS)
         error = refused.json()["error"]
         assert (refused.status_code, error["code"]) == (429, "rate_limit_exceeded")
         assert refused.headers["retry-after"]
         assert error["message"].startswith("This project has 2 large files being checked, and the limit is 2")
-        assert upload(api, ROWS[: len(ROWS) // 100]).status_code == 200
+        assert api.upload(ROWS[: len(ROWS) // 100]).status_code == 200
         second.close()
         wait_until(lambda: len(_checking()) == 1, what="one file is checked")
-        assert upload(api, ROWS).status_code == 200
+        assert api.upload(ROWS).status_code == 200
 
 
-def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(
-    api: Api, client: openai.OpenAI
-) -> None:
+def test_a_client_that_leaves_during_an_upload_leaves_nothing(api: Api, client: openai.OpenAI) -> None:
     with _begun(api):
-        wait_until(lambda: _checking() and stored_objects(api), what="bytes are checked and written")
-    wait_until(lambda: not _checking() and not stored_objects(api), what="nothing is left")
+        wait_until(lambda: _checking() and api.stored_objects(), what="bytes are checked and written")
+    wait_until(lambda: not _checking() and not api.stored_objects(), what="nothing is left")
     assert client.files.list().data == []
     # Nor are places: as many as there may be are free again.
     with _begun(api), _begun(api):
@@ -97,16 +99,7 @@ def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing(
 
 
 def test_who_stops_sending_a_refused_upload_is_answered_within_seconds(api: Api) -> None:
-    address = urlsplit(api.base_url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=60)
-    connection.putrequest("POST", "/v1/files")
-    for name, value in api.headers.items():
-        connection.putheader(name, value)
-    connection.putheader("Content-Type", "multipart/form-data; boundary=x")
-    connection.putheader("Content-Length", str(2**40))
-    connection.endheaders(HEAD)
-    began = time.monotonic()
-    answer = connection.getresponse()
-    assert answer.status == 413
-    assert time.monotonic() - began < 30
-    connection.close()
+    with closing(_connect(api, 2**40, HEAD)) as connection:
+        began = time.monotonic()
+        assert connection.getresponse().status == 413
+        assert time.monotonic() - began < 30

@@ -16,7 +16,6 @@ from db.tables import Organization, UsageEvent
 from services.accounts import usage
 from services.accounts.usage import TokenCounts, UsageOwner
 from tests.conftest import Api, wait_until
-from tests.integration.wire import ask
 from tests.stack import ROOT
 
 _TODAY = datetime.now(UTC).replace(hour=12, minute=0, second=0, microsecond=0)
@@ -25,7 +24,7 @@ _DAY, _HOUR = 86400, 3600
 
 
 def _make_key(api: Api, project: str) -> dict[str, Any]:
-    return dict(ask(api, "POST", "/keys", json={"name": "a", "project": project}).json())
+    return dict(api.ask("POST", "/keys", body={"name": "a", "project": project}).json())
 
 
 def _record(api: Api, key: dict[str, Any], model: str, at: int, counts: TokenCounts) -> None:
@@ -64,7 +63,7 @@ def _results(page: dict[str, Any]) -> list[tuple[int, ...]]:
 
 
 def _ask(api: Api, **params: Any) -> dict[str, Any]:
-    answer = ask(api, "GET", "/organization/usage/completions", params={"start_time": _NOON - _HOUR} | params)
+    answer = api.ask("GET", "/organization/usage/completions", params={"start_time": _NOON - _HOUR} | params)
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
 
@@ -94,17 +93,11 @@ def test_usage_is_grouped_and_filtered_by_project_key_and_model(api: Api, keys: 
 
 def test_a_key_that_is_no_admin_sees_its_own_project_alone(api: Api, keys: list[Any]) -> None:
     headers = {"Authorization": f"Bearer {keys[1]['key']}"}
-    page = ask(
-        api, "GET", "/organization/usage/completions", headers=headers, params={"start_time": 0}
-    ).json()
+    path = "/organization/usage/completions"
+    page = api.ask("GET", path, headers=headers, params={"start_time": 0}).json()
     assert page["data"][0]["results"] == []
-    page = ask(
-        api,
-        "GET",
-        "/organization/usage/completions",
-        headers=headers,
-        params={"start_time": _NOON, "group_by": "project_id"},
-    ).json()
+    params = {"start_time": _NOON, "group_by": "project_id"}
+    page = api.ask("GET", path, headers=headers, params=params).json()
     assert [one["project_id"] for b in page["data"] for one in b["results"]] == [keys[1]["project_id"]]
 
 
@@ -138,7 +131,7 @@ def test_pages_follow_each_other_until_now(api: Api, keys: list[Any]) -> None:
 )
 def test_a_bad_question_names_its_field(api: Api, params: dict[str, Any], param: str) -> None:
     query = {k: v for k, v in ({"start_time": _NOON} | params).items() if v is not None}
-    answer = ask(api, "GET", "/organization/usage/completions", params=query)
+    answer = api.ask("GET", "/organization/usage/completions", params=query)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
 
@@ -149,30 +142,26 @@ def test_the_sdk_and_the_command_line_read_it(api: Api, keys: list[Any]) -> None
     )
     page = sdk.admin.organization.usage.completions(start_time=_NOON, group_by=["model", "api_key_id"])
     assert sum(len(bucket.results) for bucket in page.data) == 3
-    command = [sys.executable, "-m", "luthier.cli.main", "usage", "--days", "60"]
-    options = ["--base-url", f"{api.base_url}/v1", "--api-key", api.key]
-    table = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+    def printed(key: str, *options: str) -> str:
+        command = [sys.executable, "-m", "luthier.cli.main", "usage", "--days", "60", *options]
+        command += ["--base-url", f"{api.base_url}/v1", "--api-key", key]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
     owners = [[f"{key['project']} ({key['project_id']})", f"{key['name']} ({key['id']})"] for key in keys]
-    assert [re.split(r" {2,}", line)[1:] for line in table.splitlines()[1:]] == [
+    assert [re.split(r" {2,}", line)[1:] for line in printed(api.key).splitlines()[1:]] == [
         [*owners[0], "ft:tiny", "1", "7", "0", "3"],
         [*owners[0], "tiny-llama", "3", "35", "5", "9"],
         [*owners[1], "tiny-llama", "4", "40", "0", "4"],
     ]
-    printed = subprocess.run(
-        [*command, *options, "--json"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert sum(len(bucket["results"]) for bucket in json.loads(printed.stdout)) == 3
+    assert sum(len(bucket["results"]) for bucket in json.loads(printed(api.key, "--json"))) == 3
     # Only an admin key may read names.
-    options[-1] = keys[0]["key"]
-    table = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert table.splitlines()[1].split()[1:3] == [keys[0]["project_id"], keys[0]["id"]]
+    assert printed(keys[0]["key"]).splitlines()[1].split()[1:3] == [keys[0]["project_id"], keys[0]["id"]]
 
 
-def test_each_request_is_a_line_of_the_access_log_without_text_of_users(
-    api: Api, capfd: pytest.CaptureFixture[str]
-) -> None:
-    ask(api, "GET", "/files/file-secret?after=secret")
-    answer = ask(api, "GET", "/models/a%2Fsecret")
+def test_each_request_is_logged_without_text_of_users(api: Api, capfd: pytest.CaptureFixture[str]) -> None:
+    api.ask("GET", "/files/file-secret?after=secret")
+    answer = api.ask("GET", "/models/a%2Fsecret")
     httpx2.get(f"{api.base_url}/secret/path")
     output = ""
 
@@ -190,16 +179,14 @@ def test_each_request_is_a_line_of_the_access_log_without_text_of_users(
         (None, 404, True),
     ]
     assert lines[1]["request_id"] == answer.headers["x-request-id"]
-    key = ask(api, "GET", "/keys").json()["data"][0]
+    key = api.ask("GET", "/keys").json()["data"][0]
     assert (lines[1]["key_id"], lines[1]["project_id"]) == (key["id"], key["project_id"])
     assert lines[2]["key_id"] is None
     assert all(line["duration_seconds"] >= 0 for line in lines)
     assert "secret" not in output
 
 
-def test_usage_that_could_not_be_stored_for_any_reason_is_stored_later(
-    api: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_usage_that_could_not_be_stored_is_stored_later(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("api.usage_recorder._FLUSH_SECONDS", 0.05)
     key = _make_key(api, "violas")
     database, num_failures = api.state.database, 0

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,20 @@ import pytest
 from luthier.core.events import FinishedEvent, StoppedEvent, TrainingEvent, parse_event
 from tests.conftest import wait_until
 from tests.stack import is_alive
-from tests.tiny import build_tiny_run
+from tests.training_runs import Build
 from worker.training_process.child import start_child
 from worker.training_process.fork_server import ForkedRun, ForkServer
 
 SETTINGS = {"num_rows": 12, "hyperparameters": {"n_epochs": 1, "batch_size": 4}}
+MANY = {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
+
+
+@pytest.fixture
+def fork_server() -> Iterator[ForkServer]:
+    made = ForkServer(idle_seconds=60)
+    made.start()
+    yield made
+    made.stop()
 
 
 def run(folder: Path, fork_server: ForkServer | None) -> tuple[int, FinishedEvent]:
@@ -33,33 +43,25 @@ def run(folder: Path, fork_server: ForkServer | None) -> tuple[int, FinishedEven
 
 
 def test_a_spare_has_a_process_for_each_run_and_they_give_the_digest_of_a_fresh_one(
-    base: Path, tmp_path: Path
+    build: Build, fork_server: ForkServer
 ) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
     waiting = fork_server.pid
-    first, warm = run(build_tiny_run(tmp_path / "warm", base, **SETTINGS), fork_server)
+    first, warm = run(build("warm", **SETTINGS), fork_server)
     fork_server.start()
     assert fork_server.pid == waiting
-    second, again = run(build_tiny_run(tmp_path / "again", base, **SETTINGS), fork_server)
-    _, cold = run(build_tiny_run(tmp_path / "cold", base, **SETTINGS), None)
+    second, again = run(build("again", **SETTINGS), fork_server)
+    _, cold = run(build("cold", **SETTINGS), None)
     assert len({waiting, first, second}) == 3
     assert warm.digest == again.digest == cold.digest
     assert not is_alive(first)
     assert not is_alive(second)
-    assert fork_server._process is not None
-    assert waiting is not None
     os.kill(waiting, signal.SIGTERM)
     assert fork_server._process.wait(10) == 0
-    fork_server.stop()
 
 
-def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
+def test_a_spare_outlives_a_run_that_is_killed(build: Build, fork_server: ForkServer) -> None:
     waiting = fork_server.pid
-    many = SETTINGS | {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
-    with start_child(build_tiny_run(tmp_path / "killed", base, **many), 1, fork_server) as child:
+    with start_child(build("killed", **MANY), 1, fork_server) as child:
         while not child.poll_events(0.2):
             assert child.exit_code() is None
         assert child.pid != waiting
@@ -67,12 +69,13 @@ def test_a_spare_outlives_a_run_that_is_killed(base: Path, tmp_path: Path) -> No
         while child.exit_code() is None:
             child.poll_events(0.2)
         assert child.exit_code() == -signal.SIGKILL
-    run(build_tiny_run(tmp_path / "next", base, **SETTINGS), fork_server)
+    run(build("next", **SETTINGS), fork_server)
     assert fork_server.pid == waiting
-    fork_server.stop()
 
 
-def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_itself(tmp_path: Path) -> None:
+def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_itself(
+    tmp_path: Path, fork_server: ForkServer
+) -> None:
     code = (
         "import os, pathlib\n"
         "from luthier.training import fork_server\n"
@@ -97,36 +100,29 @@ def test_beside_a_driver_that_no_forked_process_may_call_a_spare_makes_its_run_i
 
 
 def test_a_run_of_two_threads_is_that_of_a_fresh_process_and_its_spare_has_one(
-    base: Path, tmp_path: Path
+    build: Build, fork_server: ForkServer
 ) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
     digests = []
     for name, own in (("forked", fork_server), ("fresh", None)):
-        folder = build_tiny_run(tmp_path / name, base, **SETTINGS)
+        folder = build(name, **SETTINGS)
         spec = json.loads((folder / "spec.json").read_text())
         (folder / "spec.json").write_text(json.dumps(spec | {"num_threads": 2}))
         digests.append(run(folder, own)[1].digest)
     assert digests[0] == digests[1]
     # What has other threads loses them, and maybe their locks, in a fork.
     assert len(list(Path(f"/proc/{fork_server.pid}/task").iterdir())) == 1
-    fork_server.stop()
 
 
-def at_work(folder: Path, base: Path, fork_server: ForkServer) -> ForkedRun:
+def at_work(folder: Path, fork_server: ForkServer) -> ForkedRun:
     """Return a long run that has done a step."""
-    many = SETTINGS | {"num_rows": 60, "hyperparameters": {"n_epochs": 50, "batch_size": 1}}
-    taken = fork_server.take(build_tiny_run(folder, base, **many))
-    assert taken is not None
+    taken = fork_server.take(folder)
     while b'"type":"step"' not in taken.stdout.readline():
         assert is_alive(taken.pid)
     return taken
 
 
-def test_a_run_ends_with_its_spare(base: Path, tmp_path: Path) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
-    taken = at_work(tmp_path / "run", base, fork_server)
+def test_a_run_ends_with_its_spare(build: Build, fork_server: ForkServer) -> None:
+    taken = at_work(build("run", **MANY), fork_server)
     forked = taken.pid
     assert fork_server.pid is not None
     assert forked != fork_server.pid
@@ -134,14 +130,12 @@ def test_a_run_ends_with_its_spare(base: Path, tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(forked), what="the run is gone")
     assert taken.wait() == -signal.SIGKILL
     taken.stdout.close()
-    fork_server.stop()
 
 
-def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(base: Path, tmp_path: Path) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
-    taken = at_work(tmp_path / "run", base, fork_server)
-    assert fork_server._process is not None
+def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(
+    build: Build, tmp_path: Path, fork_server: ForkServer
+) -> None:
+    taken = at_work(build("run", **MANY), fork_server)
     fork_server._process.terminate()
     last = taken.stdout.readlines()[-1]
     assert isinstance(parse_event(last), StoppedEvent)
@@ -149,33 +143,27 @@ def test_a_spare_that_is_asked_to_stop_lets_its_run_save_first(base: Path, tmp_p
     assert fork_server._process.wait(10) == 0
     assert list((tmp_path / "run" / "save_points").iterdir())
     taken.stdout.close()
-    fork_server.stop()
 
 
 @pytest.mark.parametrize(
     "seconds", [0.0, 1.0, *(pytest.param(n, marks=pytest.mark.full) for n in (0.3, 2.0))]
 )
 def test_a_run_that_is_asked_to_stop_while_its_spare_imports_does_not_begin(
-    seconds: float, base: Path, tmp_path: Path
+    build: Build, seconds: float, fork_server: ForkServer
 ) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
-    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, fork_server) as child:
+    with start_child(build("run", **SETTINGS), 1, fork_server) as child:
         time.sleep(seconds)
         child.ask_to_stop()
         events: list[TrainingEvent] = []
         while child.exit_code() is None:
             events += child.poll_events(0.2)
     assert not any(isinstance(event, FinishedEvent) for event in events)
-    fork_server.stop()
 
 
-def test_a_run_that_takes_longer_than_an_idle_process_may_wait_is_left_alone(
-    base: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_takes_longer_than_an_idle_process_may_wait_is_left_alone(build: Build) -> None:
     fork_server = ForkServer(idle_seconds=2)
     fork_server.start()
-    taken = at_work(tmp_path / "run", base, fork_server)
+    taken = at_work(build("run", **MANY), fork_server)
     time.sleep(3)
     assert is_alive(taken.pid)
     fork_server.stop()
@@ -183,15 +171,11 @@ def test_a_run_that_takes_longer_than_an_idle_process_may_wait_is_left_alone(
     taken.stdout.close()
 
 
-def test_a_process_that_died_while_it_waited_is_replaced(base: Path, tmp_path: Path) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
+def test_a_process_that_died_while_it_waited_is_replaced(build: Build, fork_server: ForkServer) -> None:
     waiting = fork_server.pid
-    assert waiting is not None
     os.kill(waiting, signal.SIGKILL)
-    assert fork_server._process is not None
     fork_server._process.wait()
-    pid, _ = run(build_tiny_run(tmp_path / "run", base, **SETTINGS), fork_server)
+    pid, _ = run(build("run", **SETTINGS), fork_server)
     assert pid != waiting
 
 
@@ -204,15 +188,14 @@ def test_one_that_waits_too_long_is_ended() -> None:
     assert idle.pid is None
 
 
-def test_a_taken_process_that_ends_before_its_first_word_is_replaced_once(base: Path, tmp_path: Path) -> None:
-    fork_server = ForkServer(idle_seconds=60)
-    fork_server.start()
+def test_a_taken_process_that_ends_before_its_first_word_is_replaced_once(
+    build: Build, fork_server: ForkServer
+) -> None:
     waiting = fork_server.pid
-    assert waiting is not None
     # It gets the directory, and never comes to read it.
     os.kill(waiting, signal.SIGSTOP)
     events: list[TrainingEvent] = []
-    with start_child(build_tiny_run(tmp_path / "run", base, **SETTINGS), 1, fork_server) as child:
+    with start_child(build("run", **SETTINGS), 1, fork_server) as child:
         assert child.pid == waiting
         os.kill(waiting, signal.SIGKILL)
         while child.exit_code() is None:

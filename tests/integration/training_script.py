@@ -110,7 +110,7 @@ class Script:
                 full_valid_loss=valid_loss if step == last else None,
                 full_valid_mean_token_accuracy=0.25 if step == last else None,
             )
-            self.events.append(self._step(step, metrics))
+            self.events.append(self.step(step, metrics))
         digest = self._seal(f"checkpoints/step-{last:06d}", last)
         path = f"checkpoints/step-{last:06d}"
         self.events.append(
@@ -187,7 +187,7 @@ class Script:
             spec=self.spec,
         )
 
-    def _step(self, step: int, metrics: Metrics) -> StepEvent:
+    def step(self, step: int, metrics: Metrics) -> StepEvent:
         return StepEvent(
             job_id=self.job_id,
             step=step,
