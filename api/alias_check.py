@@ -17,7 +17,7 @@ from luthier.core.errors import (
 from luthier.core.inference import ModelTarget
 from luthier.serving.base import Backend
 from services.accounts.auth import Principal
-from services.models import models
+from services.models import names
 
 # Errors about the model itself; any other, such as of a busy server, decides nothing.
 _FATAL = {error.code for error in (ArtifactCorruptError, SelfCheckError, OutOfMemoryError)}
@@ -39,7 +39,7 @@ async def check_target(state: AppState, principal: Principal, model: str, param:
         ModelNotAvailableError: when the server can't serve the model; holds the server's reason.
     """
     try:
-        target = await run_in_transaction(state, models.resolve, principal, state.catalogue, model)
+        target = await run_in_transaction(state, names.resolve, principal, state.catalogue, model)
     except (ModelNotFoundError, ModelNotAvailableError):
         return None
     if target.artifact is None:

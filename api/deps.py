@@ -1,27 +1,29 @@
-"""Dependencies of routes: the state of the process, and the request's session."""
+"""Dependencies of routes: the state of the process, the request's session, and its API key's principal."""
 
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Concatenate, ParamSpec, TypeVar
+from typing import Annotated, Concatenate, ParamSpec, TypeVar, cast
 
 from fastapi import Depends, Request
+from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api.concurrency import BodyBudget, LongWork, ProjectLimiter
-from api.metrics import ApiMetrics
+from api.metrics import ApiMetrics, UsageRecorder
 from api.streaming.event_hub import EventHub
-from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import Catalogue, find_base_facts
-from luthier.core.errors import ModelNotAvailableError, UnavailableError
+from luthier.core.errors import ModelNotAvailableError, UnauthenticatedError, UnavailableError
 from luthier.core.settings import Settings
 from luthier.core.specs import BaseFacts
 from luthier.serving.base import Backend
 from luthier.storage.store import Storage
 from luthier.webhooks.sealing import Sealer
+from services.accounts import keys
+from services.accounts.auth import Principal
 from services.task_queue import Notify
 
 P = ParamSpec("P")
@@ -30,6 +32,7 @@ T = TypeVar("T")
 # Requests that use the database at the same time, each with a connection.
 MAX_DATABASE_REQUESTS = 16
 _DATABASE_WAIT_SECONDS = 3.0
+_LOOKUP_SECONDS = 3.0
 # An estimate counts tokens on all cores for a moment; a report holds cores and memory for its whole file.
 _NUM_ESTIMATES = 2
 _NUM_REPORTS = 2
@@ -128,6 +131,79 @@ async def run_in_transaction(
             return act(session, *args, **options)
 
     return await run_in_threadpool(run)
+
+
+# Documents the key in OpenAPI; the functions below check it.
+bearer_scheme = HTTPBearer(
+    auto_error=False, scheme_name="ApiKey", description="A key of `luthier keys create`, as a bearer token."
+)
+
+
+def bearer_key(request: Request) -> str:
+    """Return the key in a request's Authorization header, or raise UnauthenticatedError."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise UnauthenticatedError(
+            "You didn't provide an API key. Send it in an Authorization header: 'Authorization: Bearer KEY'."
+        )
+    return key.strip()
+
+
+def get_principal(request: Request, session: SessionDep) -> Principal:
+    """Authenticate in the request's own transaction."""
+    request.state.principal = keys.authenticate(session, bearer_key(request))
+    return cast(Principal, request.state.principal)
+
+
+PrincipalDep = Annotated[Principal, Depends(get_principal)]
+
+
+async def get_detached_principal(request: Request, state: AppStateDep) -> Principal:
+    """Authenticate in a short transaction that ends before the route begins: for routes that move bytes."""
+    request.state.principal = await run_in_threadpool(_authenticate, state, bearer_key(request))
+    return cast(Principal, request.state.principal)
+
+
+DetachedPrincipalDep = Annotated[Principal, Depends(get_detached_principal)]
+
+
+async def authenticate(request: Request, state: AppState) -> Principal:
+    """Authenticate outside of routes, within `look_up`'s limits.
+
+    Raises:
+        UnauthenticatedError: when the key is missing, malformed, unknown or revoked.
+        UnavailableError: when the database can't be reached, or does not answer in time.
+    """
+    key = bearer_key(request)
+    request.state.principal = await look_up(state, lambda: _authenticate(state, key))
+    return cast(Principal, request.state.principal)
+
+
+def _authenticate(state: AppState, key: str) -> Principal:
+    with state.database.transaction() as session:
+        return keys.authenticate(session, key)
+
+
+async def look_up(state: AppState, read: Callable[[], T]) -> T:
+    """Run a short transaction in a thread, for at most 3 s.
+
+    One that hangs still counts among the requests that use the database.
+    """
+    try:
+        async with asyncio.timeout(_LOOKUP_SECONDS):
+            await state.database_requests.acquire()
+            reading = asyncio.ensure_future(run_in_threadpool(read))
+
+            def release(done: asyncio.Future[T]) -> None:
+                state.database_requests.release()
+                if not done.cancelled():
+                    # Its request may have been answered meanwhile.
+                    done.exception()
+
+            reading.add_done_callback(release)
+            return await asyncio.shield(reading)
+    except TimeoutError as error:
+        raise UnavailableError("The database does not answer in time; try again.") from error
 
 
 def get_local_base(state: AppState, base_id: str, *, param: str) -> BaseFacts:

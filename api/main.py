@@ -8,9 +8,8 @@ from fastapi import Depends, FastAPI, Security
 from starlette.middleware.cors import CORSMiddleware
 
 from api import errors
-from api.auth import bearer_scheme
-from api.deps import MAX_DATABASE_REQUESTS, AppState
-from api.metrics import ApiMetrics
+from api.deps import MAX_DATABASE_REQUESTS, AppState, bearer_scheme
+from api.metrics import ApiMetrics, UsageRecorder
 from api.middleware import (
     BodyLimitMiddleware,
     EncodedSlashMiddleware,
@@ -34,7 +33,6 @@ from api.routes import (
     webhooks,
 )
 from api.streaming.event_hub import EventHub
-from api.usage_recorder import UsageRecorder
 from db.session import Database
 from luthier.bases.catalogue import load_catalogue
 from luthier.core.settings import Settings

@@ -18,16 +18,15 @@ from starlette.convertors import PathConvertor, StringConvertor, register_url_co
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import authenticate
 from api.concurrency import MAX_UNCOUNTED_BYTES
-from api.deps import get_app_state
+from api.deps import authenticate, get_app_state
 from api.errors import shown_path, to_response
-from api.metrics import ApiMetrics
-from api.usage_recorder import UsageRecorder
+from api.metrics import ApiMetrics, UsageRecorder
 from luthier.core.errors import LuthierError, TooLargeError, UnknownParameterError
 from luthier.core.ids import new_id
+from luthier.core.inference import TokenCounts
 from services.accounts.auth import Principal
-from services.accounts.usage import TokenCounts, UsageOwner
+from services.accounts.usage import UsageOwner
 
 # The status that proxies log for a client that disconnects before its answer.
 _CLIENT_DISCONNECTED = 499
@@ -193,11 +192,9 @@ class EncodedSlashMiddleware:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            path, num_found = _ENCODED_SLASH.subn(quote(_SLASH), shown_path(scope))
-            if num_found:
-                # Not a copy: outer middleware reads the route from this scope.
-                scope["path"] = unquote(path)
+        if scope["type"] == "http" and b"%2f" in scope.get("raw_path", b"").lower():
+            # Not a copy: outer middleware reads the route from this scope.
+            scope["path"] = unquote(_ENCODED_SLASH.sub(quote(_SLASH), shown_path(scope)))
         await self._app(scope, receive, send)
 
 

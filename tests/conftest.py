@@ -32,9 +32,8 @@ for _name in [name for name in os.environ if name.startswith("LUTHIER_")]:
 
 from api.deps import AppState  # noqa: E402
 from api.main import create_app  # noqa: E402
-from api.metrics import ApiMetrics  # noqa: E402
+from api.metrics import ApiMetrics, UsageRecorder  # noqa: E402
 from api.streaming.event_hub import EventHub  # noqa: E402
-from api.usage_recorder import UsageRecorder  # noqa: E402
 from db.migrate import upgrade  # noqa: E402
 from db.session import Database  # noqa: E402
 from luthier.bases.catalogue import load_catalogue  # noqa: E402

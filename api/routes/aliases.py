@@ -6,8 +6,7 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
 
 from api.alias_check import check_target
-from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppStateDep, SessionDep, run_in_transaction
+from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep, run_in_transaction
 from api.schemas.aliases import (
     AliasObject,
     AliasVersionObject,

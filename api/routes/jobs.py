@@ -9,8 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.orm import Session
 
-from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppStateDep, SessionDep, run_in_transaction
+from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep, run_in_transaction
 from api.job_estimate import estimate_in_thread
 from api.schemas.answers import EVENT_STREAM
 from api.schemas.base import ListPage, list_object

@@ -2,8 +2,7 @@
 
 from fastapi import APIRouter
 
-from api.auth import PrincipalDep
-from api.deps import SessionDep
+from api.deps import PrincipalDep, SessionDep
 from api.schemas.accounts import CreateKeyBody, KeyObject, key_object
 from api.schemas.base import DeletedObject, ListPage, list_object
 from services.accounts import keys

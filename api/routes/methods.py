@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from api.auth import PrincipalDep
+from api.deps import PrincipalDep
 from api.schemas.base import ListPage, list_object
 from api.schemas.jobs import MethodObject, method_object
 from luthier.methods import discover

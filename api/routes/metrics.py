@@ -8,8 +8,7 @@ from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 from starlette.concurrency import run_in_threadpool
 
-from api.auth import bearer_key, get_detached_principal
-from api.deps import AppStateDep
+from api.deps import AppStateDep, bearer_key, get_detached_principal
 from luthier.core.errors import PermissionDeniedError
 
 router = APIRouter(tags=["health"])

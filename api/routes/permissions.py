@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
-from api.auth import PrincipalDep
-from api.deps import SessionDep
+from api.deps import PrincipalDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.models import CreatePermissionsBody, PermissionObject, permission_object
 from services.models import permissions

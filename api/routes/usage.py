@@ -4,8 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.auth import PrincipalDep
-from api.deps import SessionDep
+from api.deps import PrincipalDep, SessionDep
 from api.schemas.accounts import UsagePage, usage_page
 from services.accounts import usage
 from services.accounts.usage import BucketWidth, GroupBy, UsageQuery

@@ -6,8 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
-from api.auth import DetachedPrincipalDep, PrincipalDep
-from api.deps import AppState, AppStateDep, SessionDep, run_in_transaction
+from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep, run_in_transaction
 from api.schemas.base import DeletedObject, ListPage, list_object
 from api.schemas.webhooks import (
     ChangeEndpointBody,

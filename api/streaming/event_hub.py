@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import psycopg
 import structlog
 
-from db.connection import KEEPALIVE
+from db.session import KEEPALIVE
 from services.jobs.events import CHANNEL
 
 _RECONNECT_SECONDS = 1.0

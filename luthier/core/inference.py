@@ -3,6 +3,7 @@
 The API names its target in headers. A worker borrows memory for a job.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,6 +46,23 @@ class TokenUsage(NamedTuple):
     def from_text(cls, text: str) -> "TokenUsage":
         """Read what a header or an event has."""
         return cls(*map(int, text.split(",")))
+
+
+@dataclass
+class TokenCounts:
+    """Requests and their tokens; cached ones are among the input's."""
+
+    num_requests: int = 0
+    input_tokens: int = 0
+    input_cached_tokens: int = 0
+    output_tokens: int = 0
+
+    def add(self, other: "TokenCounts") -> None:
+        """Add another's counts."""
+        self.num_requests += other.num_requests
+        self.input_tokens += other.input_tokens
+        self.input_cached_tokens += other.input_cached_tokens
+        self.output_tokens += other.output_tokens
 
 
 class ModelTarget(Frozen):

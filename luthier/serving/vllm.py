@@ -22,7 +22,6 @@ from luthier.core.errors import (
 from luthier.core.inference import HEADER_DIGEST, HEADER_USAGE, ModelTarget
 from luthier.core.settings import Settings
 from luthier.serving import _vllm_proof
-from luthier.serving._client import InferenceClient
 from luthier.serving._vllm_adapters import Adapters, Release
 from luthier.serving._vllm_artifacts import Artifacts
 from luthier.serving._vllm_wire import (
@@ -36,6 +35,7 @@ from luthier.serving._vllm_wire import (
     served_name,
 )
 from luthier.serving.base import Health, Reply
+from luthier.serving.engine import InferenceClient
 
 _KNOWN_SECONDS = 10.0
 

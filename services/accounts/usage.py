@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from db.tables import UsageEvent
 from luthier.core.errors import InvalidValueError
 from luthier.core.ids import new_id
+from luthier.core.inference import TokenCounts
 from services.accounts.auth import Principal
 
 BucketWidth = Literal["1m", "1h", "1d"]
@@ -35,23 +36,6 @@ class UsageOwner:
     project_id: str
     key_id: str
     model: str
-
-
-@dataclass
-class TokenCounts:
-    """Requests and their tokens; cached ones are among the input's."""
-
-    num_requests: int = 0
-    input_tokens: int = 0
-    input_cached_tokens: int = 0
-    output_tokens: int = 0
-
-    def add(self, other: "TokenCounts") -> None:
-        """Add another's counts."""
-        self.num_requests += other.num_requests
-        self.input_tokens += other.input_tokens
-        self.input_cached_tokens += other.input_cached_tokens
-        self.output_tokens += other.output_tokens
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Models: registration, resolution, pins, deletion, and the checkpoints of jobs.
-
-A name resolves to a base and an artifact, or raises; it never falls back to the base.
-"""
+"""Models: registration, pins, deletion, and the checkpoints of jobs."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -14,7 +11,6 @@ from db.tables import Alias, Base, Checkpoint, CheckpointPermission, Job, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import InvalidValueError, PermissionDeniedError
 from luthier.core.ids import new_id, new_model_suffix
-from luthier.core.inference import ModelTarget
 from luthier.core.specs import BaseFacts, TrainingSpec
 from services.accounts.auth import Principal
 from services.models import continuation, names
@@ -71,30 +67,6 @@ def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: 
             f"{name} is another project's; yours may call it, not delete or download it.", param="model"
         )
     return model
-
-
-def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> ModelTarget:
-    """Turn a public name into what the inference server runs; by one statement."""
-    named = names.look_up(session, catalogue, principal.project_id, name)
-    model, full_model = named.model, named.full_model
-    if model is not None:
-        return ModelTarget(
-            model=name,
-            base_id=model.base_id,
-            project_id=principal.project_id,
-            artifact=model.artifact_key,
-            digest=model.artifact_digest,
-            full_model=None if full_model is None else full_model.artifact_key,
-            full_model_digest=None if full_model is None else full_model.artifact_digest,
-            is_pinned=model.pinned_at is not None,
-            resolved_model=model.name,
-        )
-    if named.base is not None:
-        base_id = named.base.id
-        return ModelTarget(
-            model=name, base_id=base_id, project_id=principal.project_id, resolved_model=base_id
-        )
-    raise names.not_callable(named, name)
 
 
 def pin(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, aliased
 from db.tables import Alias, Base, CheckpointPermission, Model
 from luthier.bases.catalogue import Catalogue
 from luthier.core.errors import ModelNotAvailableError, ModelNotFoundError
+from luthier.core.inference import ModelTarget
 from services.accounts.auth import Principal
 
 
@@ -116,6 +117,30 @@ def not_callable(named: Named, name: str) -> ModelNotFoundError:
         f"PUT /v1/aliases/{name} another.",
         param="model",
     )
+
+
+def resolve(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> ModelTarget:
+    """Turn a public name into what the inference server runs; by one statement."""
+    named = look_up(session, catalogue, principal.project_id, name)
+    model, full_model = named.model, named.full_model
+    if model is not None:
+        return ModelTarget(
+            model=name,
+            base_id=model.base_id,
+            project_id=principal.project_id,
+            artifact=model.artifact_key,
+            digest=model.artifact_digest,
+            full_model=None if full_model is None else full_model.artifact_key,
+            full_model_digest=None if full_model is None else full_model.artifact_digest,
+            is_pinned=model.pinned_at is not None,
+            resolved_model=model.name,
+        )
+    if named.base is not None:
+        base_id = named.base.id
+        return ModelTarget(
+            model=name, base_id=base_id, project_id=principal.project_id, resolved_model=base_id
+        )
+    raise not_callable(named, name)
 
 
 def list_aliased(session: Session, principal: Principal, catalogue: Catalogue) -> list[Named]:

@@ -10,7 +10,7 @@ from db.tables import Checkpoint, Model
 from luthier.core.errors import ModelInUseError
 from luthier.core.ids import new_id
 from services.accounts.auth import Principal
-from services.models import aliases, models
+from services.models import aliases, models, names
 from tests.aliases import CHECKPOINT, DIGESTS, V1, V2, Aliases, scope_of
 from tests.conftest import TINY_BASE, Api, wait_until
 from tests.statements import counted, is_one_waiting
@@ -226,7 +226,7 @@ def test_every_name_is_resolved_by_one_statement(api: Api, ours: Aliases, scope:
     state = api.state
     for name, digest in (("prod", DIGESTS[V1]), ("plain", None), (V2, DIGESTS[V2]), (TINY_BASE, None)):
         with state.database.transaction() as session, counted(state.database) as statements:
-            target = models.resolve(session, scope, state.catalogue, name)
+            target = names.resolve(session, scope, state.catalogue, name)
         assert (target.model, target.base_id, target.digest) == (name, TINY_BASE, digest)
         assert len(statements) == 1, statements
 
@@ -248,7 +248,7 @@ def test_a_request_sees_the_old_target_or_the_new_one_and_never_none(
         swapped = threads.submit(swap)
         while not swapped.done():
             with state.database.transaction() as session:
-                target = models.resolve(session, scope, state.catalogue, "prod")
+                target = names.resolve(session, scope, state.catalogue, "prod")
             seen.add((target.artifact, target.digest))
         swapped.result()
     assert seen <= {("k0", "sha256:1"), ("k1", "sha256:2"), (None, None)}

@@ -9,8 +9,8 @@ from pydantic import SecretStr
 from sqlalchemy import insert
 
 from db.tables import Worker
+from luthier.core.inference import TokenCounts
 from luthier.core.settings import Settings
-from services.accounts.usage import TokenCounts
 from tests.conftest import Api, wait_until
 from tests.rows import colour_rows, jsonl
 from tests.stack import free_port

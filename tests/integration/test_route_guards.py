@@ -7,7 +7,7 @@ import httpx2
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
 
-from api.auth import get_detached_principal, get_principal
+from api.deps import get_detached_principal, get_principal
 from api.main import create_app
 from tests.conftest import Api
 

@@ -13,8 +13,9 @@ import pytest
 from sqlalchemy import func, select, text, update
 
 from db.tables import Organization, UsageEvent
+from luthier.core.inference import TokenCounts
 from services.accounts import usage
-from services.accounts.usage import TokenCounts, UsageOwner
+from services.accounts.usage import UsageOwner
 from tests.conftest import Api, wait_until
 from tests.stack import ROOT
 
@@ -187,7 +188,7 @@ def test_each_request_is_logged_without_text_of_users(api: Api, capfd: pytest.Ca
 
 
 def test_usage_that_could_not_be_stored_is_stored_later(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("api.usage_recorder._FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("api.metrics._FLUSH_SECONDS", 0.05)
     key = _make_key(api, "violas")
     database, num_failures = api.state.database, 0
     record = usage.record

@@ -9,11 +9,10 @@ import pytest
 from fastapi import Request
 from starlette.types import Message
 
-from api.streaming.chat_proxy import RESPONSES_PATH, ask
+from api.routes.chat import RESPONSES_PATH, ask
 from luthier.core.errors import UnavailableError
-from luthier.core.inference import ModelTarget
+from luthier.core.inference import ModelTarget, TokenCounts
 from luthier.serving.base import Backend, Reply
-from services.accounts.usage import TokenCounts
 
 CHAT = "/v1/chat/completions"
 STREAM = "text/event-stream; charset=utf-8"

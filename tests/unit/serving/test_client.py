@@ -9,8 +9,8 @@ import pytest
 import uvloop
 
 from luthier.core.errors import LuthierError, UnavailableError
-from luthier.serving._client import InferenceClient
 from luthier.serving.base import NotAcceptedError
+from luthier.serving.engine import InferenceClient
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 Run = Callable[[Talk, Callable[[InferenceClient], Awaitable[None]]], None]
