@@ -30,6 +30,10 @@ NAMING = {
 _BYTES_LEFT = text("deleted_at IS NOT NULL AND bytes_deleted_at IS NULL")
 
 
+def _undeleted_index(name: str, *columns: str, **options: Any) -> Index:
+    return Index(name, *columns, postgresql_where=text("deleted_at IS NULL"), **options)
+
+
 class Table(DeclarativeBase):
     """Base of all tables: text for strings, jsonb for objects, timestamps with zone."""
 
@@ -46,6 +50,7 @@ class Table(DeclarativeBase):
 class Owned:
     """Columns of every row that belongs to a project. A deleted row keeps its id for ever."""
 
+    id: Mapped[str] = mapped_column(primary_key=True)
     organization_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     created_by_key_id: Mapped[str | None]
@@ -79,7 +84,6 @@ class ApiKey(Owned, Table):
     """A key: its hash and the prefix by which it is shown. The key itself is nowhere."""
 
     __tablename__ = "api_keys"
-    id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     prefix: Mapped[str]
     key_hash: Mapped[str] = mapped_column(unique=True)
@@ -92,7 +96,7 @@ class File(Owned, Table):
 
     __tablename__ = "files"
     __table_args__ = (
-        Index("ix_files_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")),
+        _undeleted_index("ix_files_page", "project_id", "created_at", "id"),
         Index(
             "ix_files_expiring",
             "expires_at",
@@ -100,7 +104,6 @@ class File(Owned, Table):
         ),
         Index("ix_files_undeleted_bytes", "deleted_at", postgresql_where=_BYTES_LEFT),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     filename: Mapped[str]
     purpose: Mapped[str]
     num_bytes: Mapped[int]
@@ -134,7 +137,7 @@ class Job(Owned, Table):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        Index("ix_jobs_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")),
+        _undeleted_index("ix_jobs_page", "project_id", "created_at", "id"),
         # The two filters of the list: pairs that all must match, and no metadata at all.
         Index(
             "ix_jobs_metadata",
@@ -174,7 +177,6 @@ class Job(Owned, Table):
             postgresql_where=text("finished_at IS NOT NULL AND tidied_at IS NULL"),
         ),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     status: Mapped[str]
     model: Mapped[str]
     base_id: Mapped[str]
@@ -240,7 +242,6 @@ class Attempt(Owned, Table):
         UniqueConstraint("job_id", "lease_epoch"),
         Index("ix_attempts_turns", "project_id", "stage", "created_at"),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
     lease_epoch: Mapped[int]
     worker_id: Mapped[str]
@@ -257,7 +258,6 @@ class JobEvent(Owned, Table):
 
     __tablename__ = "job_events"
     __table_args__ = (UniqueConstraint("job_id", "seq"),)
-    id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     seq: Mapped[int]
     level: Mapped[str]
@@ -275,11 +275,10 @@ class Model(Owned, Table):
 
     __tablename__ = "models"
     __table_args__ = (
-        Index("uq_models_name", "name", unique=True, postgresql_where=text("deleted_at IS NULL")),
-        Index("ix_models_project", "project_id", "created_at", postgresql_where=text("deleted_at IS NULL")),
+        _undeleted_index("uq_models_name", "name", unique=True),
+        _undeleted_index("ix_models_project", "project_id", "created_at"),
         Index("ix_models_undeleted_bytes", "deleted_at", postgresql_where=_BYTES_LEFT),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     kind: Mapped[str]
     base_id: Mapped[str]
@@ -302,7 +301,6 @@ class Checkpoint(Owned, Table):
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step_number"),)
-    id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     step_number: Mapped[int]
@@ -329,7 +327,6 @@ class IdempotencyKey(Owned, Table):
         Index("ix_idempotency_keys_body", "created_by_key_id", "route", "body_sha256", "created_at"),
         Index("ix_idempotency_keys_age", "created_at"),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     route: Mapped[str]
     key: Mapped[str | None]
     body_sha256: Mapped[str]
@@ -368,7 +365,6 @@ class UsageEvent(Owned, Table):
         Index("ix_usage_events_project", "project_id", "created_at"),
         Index("ix_usage_events_organization", "organization_id", "created_at"),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     kind: Mapped[str]
     quantity: Mapped[int]
     unit: Mapped[str]
@@ -388,16 +384,11 @@ class Alias(Owned, Table):
 
     __tablename__ = "aliases"
     __table_args__ = (
-        Index(
-            "uq_aliases_name", "project_id", "name", unique=True, postgresql_where=text("deleted_at IS NULL")
-        ),
-        Index(
-            "ix_aliases_page", "project_id", "created_at", "id", postgresql_where=text("deleted_at IS NULL")
-        ),
-        Index("ix_aliases_model_id", "model_id", postgresql_where=text("deleted_at IS NULL")),
+        _undeleted_index("uq_aliases_name", "project_id", "name", unique=True),
+        _undeleted_index("ix_aliases_page", "project_id", "created_at", "id"),
+        _undeleted_index("ix_aliases_model_id", "model_id"),
         CheckConstraint("num_nonnulls(model_id, base_id) = 1", name="ck_aliases_target"),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
     base_id: Mapped[str | None]
@@ -418,7 +409,6 @@ class AliasVersion(Owned, Table):
         UniqueConstraint("alias_id", "number"),
         CheckConstraint("num_nonnulls(model_id, base_id) = 1", name="ck_alias_versions_target"),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     alias_id: Mapped[str] = mapped_column(ForeignKey("aliases.id"))
     number: Mapped[int]
     model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id"))
@@ -432,20 +422,9 @@ class CheckpointPermission(Owned, Table):
 
     __tablename__ = "checkpoint_permissions"
     __table_args__ = (
-        Index(
-            "uq_checkpoint_permissions_grantee",
-            "model_id",
-            "grantee_project_id",
-            unique=True,
-            postgresql_where=text("deleted_at IS NULL"),
-        ),
-        Index(
-            "ix_checkpoint_permissions_grantee",
-            "grantee_project_id",
-            postgresql_where=text("deleted_at IS NULL"),
-        ),
+        _undeleted_index("uq_checkpoint_permissions_grantee", "model_id", "grantee_project_id", unique=True),
+        _undeleted_index("ix_checkpoint_permissions_grantee", "grantee_project_id"),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id"))
     grantee_project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
 
@@ -454,16 +433,7 @@ class WebhookEndpoint(Owned, Table):
     """A client's receiver. Its secrets are sealed (luthier.webhooks.sealing), empty once there is none."""
 
     __tablename__ = "webhook_endpoints"
-    __table_args__ = (
-        Index(
-            "ix_webhook_endpoints_page",
-            "project_id",
-            "created_at",
-            "id",
-            postgresql_where=text("deleted_at IS NULL"),
-        ),
-    )
-    id: Mapped[str] = mapped_column(primary_key=True)
+    __table_args__ = (_undeleted_index("ix_webhook_endpoints_page", "project_id", "created_at", "id"),)
     name: Mapped[str]
     url: Mapped[str]
     event_types: Mapped[list[str]] = mapped_column(ARRAY(Text))
@@ -492,7 +462,6 @@ class WebhookDelivery(Owned, Table):
             postgresql_where=text("finished_at IS NOT NULL"),
         ),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     endpoint_id: Mapped[str] = mapped_column(ForeignKey("webhook_endpoints.id"), index=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     event_id: Mapped[str]
@@ -517,7 +486,6 @@ class Upload(Owned, Table):
     __table_args__ = (
         Index("ix_uploads_untidied", "status", "ended_at", postgresql_where=text("tidied_at IS NULL")),
     )
-    id: Mapped[str] = mapped_column(primary_key=True)
     filename: Mapped[str]
     purpose: Mapped[str]
     mime_type: Mapped[str]
@@ -542,7 +510,6 @@ class UploadPart(Owned, Table):
     """A piece of an upload, durable under `storage_key`; its place is said when the upload is completed."""
 
     __tablename__ = "upload_parts"
-    id: Mapped[str] = mapped_column(primary_key=True)
     upload_id: Mapped[str] = mapped_column(ForeignKey("uploads.id"), index=True)
     num_bytes: Mapped[int]
     storage_key: Mapped[str]
