@@ -8,20 +8,18 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
-from sqlalchemy.orm import Session
 
+from db.tables import File, Model
 from luthier.core.errors import LuthierError, UnavailableError
+from luthier.storage.store import Storage
 from services.capacity import memory, workers
 from services.files import files, storage_gc
-from services.files.uploads import storage_prefix
+from services.files.storage_gc import Garbage
 from services.jobs import idempotency, leases
-from services.models import models
 from services.webhooks import deliveries
 from worker.context import WorkerContext, remove_run_dir
 
@@ -82,15 +80,6 @@ def take_lost_jobs(context: WorkerContext) -> None:
         _log.warning("jobs taken from workers that stopped answering", job_ids=lost)
 
 
-@dataclass(frozen=True)
-class _Garbage:
-    """Bytes that no row needs any more."""
-
-    row_id: str
-    delete: Callable[[], None]
-    mark: Callable[[Session], None]
-
-
 def run_garbage_collection(context: WorkerContext) -> None:
     """Delete from storage what nothing needs any more."""
     collect_garbage(context, grace_seconds=2 * context.settings.lease_seconds)
@@ -112,10 +101,18 @@ def collect_garbage(context: WorkerContext, *, grace_seconds: float) -> None:
         files.delete_expired(session, limit=_COLLECTED_AT_ONCE)
         deliveries.prune(session, kept_seconds=context.settings.webhook_kept_seconds, limit=_ROWS_AT_ONCE)
         idempotency.prune(session, limit=_ROWS_AT_ONCE)
-    failures = 0
-    for garbage in _find_garbage(context, grace_seconds):
+    failures, now = 0, time.monotonic()
+    context.undeletable = {row: due for row, due in context.undeletable.items() if due > now}
+    with context.database.transaction() as session:
+        found = storage_gc.list_garbage(
+            session,
+            grace_seconds=grace_seconds,
+            limit=_COLLECTED_AT_ONCE,
+            skipped=list(context.undeletable),
+        )
+    for garbage in found:
         try:
-            garbage.delete()
+            _delete(context.storage, garbage)
         except (UnavailableError, OSError) as error:
             context.undeletable[garbage.row_id] = time.monotonic() + _RETRY_SECONDS
             failures += 1
@@ -124,47 +121,16 @@ def collect_garbage(context: WorkerContext, *, grace_seconds: float) -> None:
                 raise
             continue
         with context.database.transaction() as session:
-            garbage.mark(session)
+            storage_gc.mark_collected(session, garbage)
 
 
-def _find_garbage(context: WorkerContext, grace_seconds: float) -> Iterator[_Garbage]:
-    now, storage = time.monotonic(), context.storage
-    context.undeletable = {row: due for row, due in context.undeletable.items() if due > now}
-    skipped, limit = list(context.undeletable), _COLLECTED_AT_ONCE
-    with context.database.transaction() as session:
-        uploads_ended = storage_gc.list_uncollected_uploads(
-            session, grace_seconds=grace_seconds, limit=limit, skipped=skipped
-        )
-    with context.database.transaction() as session:
-        ended = storage_gc.list_uncollected(
-            session, grace_seconds=grace_seconds, limit=limit, skipped=skipped
-        )
-        files_gone = files.list_undeleted_bytes(session, limit=limit, skipped=skipped)
-        models_gone = models.list_undeleted_bytes(session, limit=limit, skipped=skipped)
-    for file_id, key in files_gone:
-        yield _Garbage(
-            file_id, partial(storage.delete, key), partial(files.mark_bytes_deleted, row_id=file_id)
-        )
-    for model_id, prefix in models_gone:
-        yield _Garbage(
-            model_id,
-            partial(storage.delete_prefix, prefix),
-            partial(models.mark_bytes_deleted, row_id=model_id),
-        )
-    for upload in uploads_ended:
-        prefix = storage_prefix(upload.project_id, upload.upload_id)
-        yield _Garbage(
-            upload.upload_id,
-            partial(storage.delete_all_but, prefix, [upload.kept_key] if upload.kept_key else []),
-            partial(storage_gc.mark_upload_collected, upload_id=upload.upload_id),
-        )
-    for job in ended:
-        prefix = f"projects/{job.project_id}/jobs/{job.job_id}"
-        yield _Garbage(
-            job.job_id,
-            partial(storage.delete_all_but, prefix, job.kept_prefixes),
-            partial(storage_gc.mark_collected, job_id=job.job_id),
-        )
+def _delete(storage: Storage, garbage: Garbage) -> None:
+    if garbage.table is File:
+        storage.delete(garbage.key)
+    elif garbage.table is Model:
+        storage.delete_prefix(garbage.key)
+    else:
+        storage.delete_all_but(garbage.key, garbage.kept_prefixes)
 
 
 def remove_stale_runs(context: WorkerContext) -> None:

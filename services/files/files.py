@@ -138,12 +138,7 @@ def _mark_deleted(session: Session, row: File) -> None:
     row.deleted_at = func.now()
     session.flush()
     # A job lists only results that can be fetched.
-    session.execute(
-        update(Job)
-        .where(Job.result_file_id == row.id)
-        .values(result_file_id=None)
-        .execution_options(synchronize_session=False)
-    )
+    session.execute(update(Job).where(Job.result_file_id == row.id).values(result_file_id=None))
 
 
 def delete_expired(session: Session, *, limit: int) -> list[str]:
@@ -172,24 +167,6 @@ def delete_expired(session: Session, *, limit: int) -> list[str]:
     return deleted
 
 
-def list_undeleted_bytes(
-    session: Session, *, limit: int, skipped: Collection[str] = ()
-) -> list[tuple[str, str]]:
-    """Return id and storage key of deleted files whose bytes may still be there, without the skipped ids."""
-    rows = session.execute(
-        select(File.id, File.storage_key)
-        .where(File.deleted_at.is_not(None), File.bytes_deleted_at.is_(None), File.id.not_in(skipped))
-        .order_by(File.deleted_at)
-        .limit(limit)
-    ).all()
-    return [(row[0], row[1]) for row in rows]
-
-
 def list_known(session: Session, file_ids: Collection[str]) -> set[str]:
     """Return those of some ids that have a row, deleted or not."""
     return set(session.scalars(select(File.id).where(File.id.in_(file_ids))))
-
-
-def mark_bytes_deleted(session: Session, row_id: str) -> None:
-    """Note that the bytes of one of the deleted files are gone."""
-    session.execute(update(File).where(File.id == row_id).values(bytes_deleted_at=func.now()))

@@ -1,97 +1,122 @@
-"""Garbage collection of storage: what ended jobs and uploads still keep, and what was collected."""
+"""Garbage collection of storage: the bytes that no row needs any more, and what was collected."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from db.tables import File, Job, Model, Upload, UploadPart
 from luthier.core.states import TERMINAL_STATUSES
 from services.files import uploads
-from services.files.uploads import UploadStatus
+from services.files.uploads import UploadStatus, storage_prefix
 
 
 @dataclass(frozen=True)
-class EndedJob:
-    """A job that has ended, and the storage prefixes that stay: its models' artifacts, its results."""
+class Garbage:
+    """What a deleted file or model, or an ended upload or job, leaves in storage.
 
-    job_id: str
-    project_id: str
-    kept_prefixes: tuple[str, ...]
+    `key` is a file's object, or else a prefix, under which the kept prefixes stay.
+    """
 
-
-@dataclass(frozen=True)
-class EndedUpload:
-    """An ended upload, and the key of the file that it became, where that still exists."""
-
-    upload_id: str
-    project_id: str
-    kept_key: str | None
+    table: type[File] | type[Model] | type[Upload] | type[Job]
+    row_id: str
+    key: str
+    kept_prefixes: Sequence[str] = ()
 
 
-def list_uncollected(
+def list_garbage(
     session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
-) -> list[EndedJob]:
-    """Return ended jobs whose working copies (tokenised rows, save points) are still in storage."""
-    rows = session.execute(
-        select(Job.id, Job.project_id, File.storage_key)
-        .outerjoin(File, (File.id == Job.result_file_id) & File.deleted_at.is_(None))
-        .where(
-            Job.status.in_(TERMINAL_STATUSES),
-            Job.tidied_at.is_(None),
-            Job.finished_at < func.now() - timedelta(seconds=grace_seconds),
-            Job.id.not_in(skipped),
-        )
-        .order_by(Job.finished_at)
-        .limit(limit)
-    ).all()
-    ended = []
-    for job_id, project_id, result_key in rows:
-        kept = session.scalars(
-            select(Model.artifact_key).where(Model.job_id == job_id, Model.deleted_at.is_(None))
-        ).all()
-        ended.append(EndedJob(job_id, project_id, (*kept, *([result_key] if result_key else []))))
-    return ended
+) -> list[Garbage]:
+    """Return bytes that may still be there, at most `limit` of each kind, without those of skipped rows.
 
-
-def mark_collected(session: Session, job_id: str) -> None:
-    """Record that an ended job's working copies are deleted."""
-    session.execute(
-        update(Job)
-        .where(Job.id == job_id)
-        .values(tidied_at=func.now(), prepared_key=None, save_points=[])
-        .execution_options(synchronize_session=False)
-    )
-
-
-def list_uncollected_uploads(
-    session: Session, *, grace_seconds: float, limit: int, skipped: Collection[str] = ()
-) -> list[EndedUpload]:
-    """Return uploads at their end whose parts may still be in storage; what has lapsed is expired first."""
+    Args:
+        grace_seconds: since the end of a job or an upload. Uploads that have lapsed are expired first.
+    """
     uploads.expire_lapsed(session)
+    ended_before = func.now() - timedelta(seconds=grace_seconds)
+    return [
+        *_list_deleted(session, File, File.storage_key, limit, skipped),
+        *_list_deleted(session, Model, Model.artifact_key, limit, skipped),
+        *_list_ended_uploads(session, ended_before, limit, skipped),
+        *_list_ended_jobs(session, ended_before, limit, skipped),
+    ]
+
+
+def _list_deleted(
+    session: Session,
+    table: type[File] | type[Model],
+    key: InstrumentedAttribute[str],
+    limit: int,
+    skipped: Collection[str],
+) -> Iterator[Garbage]:
+    rows = session.execute(
+        select(table.id, key)
+        .where(table.deleted_at.is_not(None), table.bytes_deleted_at.is_(None), table.id.not_in(skipped))
+        .order_by(table.deleted_at)
+        .limit(limit)
+    )
+    return (Garbage(table, *row) for row in rows)
+
+
+def _list_ended_uploads(
+    session: Session, ended_before: Any, limit: int, skipped: Collection[str]
+) -> Iterator[Garbage]:
+    """Yield the parts of ended uploads; the file that one became stays."""
     rows = session.execute(
         select(Upload.id, Upload.project_id, File.storage_key)
         .outerjoin(File, (File.id == Upload.file_id) & File.deleted_at.is_(None))
         .where(
             Upload.status != UploadStatus.PENDING.value,
             Upload.tidied_at.is_(None),
-            Upload.ended_at <= func.now() - timedelta(seconds=grace_seconds),
+            Upload.ended_at <= ended_before,
             Upload.id.not_in(skipped),
         )
         .order_by(Upload.ended_at)
         .limit(limit)
-    ).all()
-    return [EndedUpload(*row) for row in rows]
-
-
-def mark_upload_collected(session: Session, upload_id: str) -> None:
-    """Record that the bytes of an upload's parts are deleted, and delete the parts' rows."""
-    session.execute(delete(UploadPart).where(UploadPart.upload_id == upload_id))
-    session.execute(
-        update(Upload)
-        .where(Upload.id == upload_id)
-        .values(tidied_at=func.now())
-        .execution_options(synchronize_session=False)
     )
+    for upload_id, project_id, file_key in rows:
+        yield Garbage(
+            Upload, upload_id, storage_prefix(project_id, upload_id), [file_key] if file_key else []
+        )
+
+
+def _list_ended_jobs(
+    session: Session, ended_before: Any, limit: int, skipped: Collection[str]
+) -> Iterator[Garbage]:
+    """Yield the working copies of ended jobs (tokenised rows, save points); models and results stay."""
+    rows = session.execute(
+        select(Job.id, Job.project_id, File.storage_key)
+        .outerjoin(File, (File.id == Job.result_file_id) & File.deleted_at.is_(None))
+        .where(
+            Job.status.in_(TERMINAL_STATUSES),
+            Job.tidied_at.is_(None),
+            Job.finished_at < ended_before,
+            Job.id.not_in(skipped),
+        )
+        .order_by(Job.finished_at)
+        .limit(limit)
+    ).all()
+    for job_id, project_id, result_key in rows:
+        kept = session.scalars(
+            select(Model.artifact_key).where(Model.job_id == job_id, Model.deleted_at.is_(None))
+        ).all()
+        prefix = f"projects/{project_id}/jobs/{job_id}"
+        yield Garbage(Job, job_id, prefix, [*kept, *([result_key] if result_key else [])])
+
+
+def mark_collected(session: Session, garbage: Garbage) -> None:
+    """Record that bytes are deleted."""
+    table, now = garbage.table, func.now()
+    statement = update(table).where(table.id == garbage.row_id)
+    if table is Job:
+        statement = statement.values(tidied_at=now, prepared_key=None, save_points=[])
+    elif table is Upload:
+        session.execute(delete(UploadPart).where(UploadPart.upload_id == garbage.row_id))
+        statement = statement.values(tidied_at=now)
+    else:
+        # A model that became its job's result meanwhile is no deleted one any more, and has other bytes.
+        statement = statement.where(table.deleted_at.is_not(None)).values(bytes_deleted_at=now)
+    session.execute(statement)

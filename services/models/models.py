@@ -1,6 +1,6 @@
 """Models: registration, pins, deletion, and the checkpoints of jobs."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import exists, func, or_, select, update
@@ -183,7 +183,6 @@ def end_permissions(session: Session, model_ids: Sequence[str]) -> None:
         update(CheckpointPermission)
         .where(CheckpointPermission.model_id.in_(model_ids), CheckpointPermission.deleted_at.is_(None))
         .values(deleted_at=func.now())
-        .execution_options(synchronize_session=False)
     )
 
 
@@ -211,29 +210,6 @@ def delete(session: Session, principal: Principal, catalogue: Catalogue, name: s
 def get_name(session: Session, model_id: str) -> str:
     """Return a model's public name."""
     return session.get_one(Model, model_id).name
-
-
-def list_undeleted_bytes(
-    session: Session, *, limit: int, skipped: Collection[str] = ()
-) -> list[tuple[str, str]]:
-    """Return id and storage prefix of deleted models whose bytes may still be there, less the skipped ids."""
-    rows = session.execute(
-        select(Model.id, Model.artifact_key)
-        .where(Model.deleted_at.is_not(None), Model.bytes_deleted_at.is_(None), Model.id.not_in(skipped))
-        .order_by(Model.deleted_at)
-        .limit(limit)
-    ).all()
-    return [(row[0], row[1]) for row in rows]
-
-
-def mark_bytes_deleted(session: Session, row_id: str) -> None:
-    """Note that the bytes of one of the deleted models are gone."""
-    # One that became its job's result meanwhile is no deleted one any more, and has other bytes.
-    session.execute(
-        update(Model)
-        .where(Model.id == row_id, Model.deleted_at.is_not(None))
-        .values(bytes_deleted_at=func.now())
-    )
 
 
 def find_checkpoint(session: Session, job_id: str, step: int) -> tuple[Checkpoint, Model] | None:
