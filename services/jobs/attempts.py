@@ -26,7 +26,6 @@ def record(session: Session, job: Job, worker_id: str) -> None:
             stage="prepare" if job.status == JobStatus.VALIDATING_FILES else "train",
         )
     )
-    session.flush()
 
 
 def note_start(session: Session, job_id: str, fencing_token: int, step: int) -> None:
@@ -53,8 +52,5 @@ def end(session: Session, job_id: str, fencing_token: int, outcome: str) -> None
 
 def _update(session: Session, job_id: str, fencing_token: int, **values: Any) -> None:
     session.execute(
-        update(Attempt)
-        .where(Attempt.job_id == job_id, Attempt.lease_epoch == fencing_token)
-        .values(**values)
-        .execution_options(synchronize_session=False)
+        update(Attempt).where(Attempt.job_id == job_id, Attempt.lease_epoch == fencing_token).values(**values)
     )

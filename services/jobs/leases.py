@@ -161,7 +161,6 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
     job.lease_owner = worker_id
     job.lease_epoch += 1
     job.lease_expires_at = func.now() + timedelta(seconds=lease_seconds)
-    session.flush()
     attempts.record(session, job, worker_id)
     return Lease(job.id, job.lease_epoch, worker_id)
 
@@ -185,7 +184,6 @@ def update_job(session: Session, lease: Lease, **values: Any) -> JobStatus:
         )
         .values(**values)
         .returning(Job.status)
-        .execution_options(synchronize_session=False)
     )
     if status is None:
         raise _lost(lease)
@@ -201,9 +199,11 @@ def hold(session: Session, lease: Lease) -> Job:
     job = session.scalar(
         select(Job).where(Job.id == lease.job_id).with_for_update().execution_options(populate_existing=True)
     )
-    if job is None or (job.lease_epoch, job.lease_owner) != (lease.fencing_token, lease.worker_id):
-        raise _lost(lease)
-    if job.status in TERMINAL_STATUSES:
+    if (
+        job is None
+        or (job.lease_epoch, job.lease_owner) != (lease.fencing_token, lease.worker_id)
+        or job.status in TERMINAL_STATUSES
+    ):
         raise _lost(lease)
     return job
 
@@ -218,25 +218,35 @@ def leave(
     **values: Any,
 ) -> None:
     """End an attempt: set the job's next status and give the lease up."""
+    _end(session, hold(session, lease), status, outcome=outcome, event=event, **values)
+
+
+def _end(
+    session: Session, job: Job, status: JobStatus, *, outcome: str, event: NewEvent | None, **values: Any
+) -> JobStatus:
+    """End the newest attempt of a locked job."""
     if status.is_terminal:
         values |= {"finished_at": func.now()}
-        if hold(session, lease).status == JobStatus.QUEUED:
+        if job.status == JobStatus.QUEUED:
             # Resumed while this attempt was stopping, which has come to the end after all.
-            update_job(session, lease, status=JobStatus.RUNNING)
-    values |= {"lease_owner": None, "lease_expires_at": None, "estimated_finish_at": None}
-    update_job(session, lease, status=status, **values)
-    attempts.end(session, lease.job_id, lease.fencing_token, outcome)
+            job.status = JobStatus.RUNNING.value
+            session.flush()
+    values |= {"status": status.value, "lease_owner": None, "lease_expires_at": None}
+    for name, value in (values | {"estimated_finish_at": None}).items():
+        setattr(job, name, value)
+    session.flush()
+    attempts.end(session, job.id, job.lease_epoch, outcome)
     if status.is_terminal:
-        deliveries.enqueue(session, lease.job_id, status)
+        deliveries.enqueue(session, job.id, status)
     if event is not None:
-        events.append(session, lease.job_id, [event])
-
-
-def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent) -> JobStatus:
-    """End an attempt before its job's end: the job waits for another, or is paused if that was asked for."""
-    status = WAITS_AS[JobStatus(hold(session, lease).status)]
-    leave(session, lease, status, outcome=outcome, event=event)
+        events.append(session, job.id, [event])
     return status
+
+
+def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent | None) -> JobStatus:
+    """End an attempt before its job's end: the job waits for another, or is paused if that was asked for."""
+    job = hold(session, lease)
+    return _end(session, job, WAITS_AS[JobStatus(job.status)], outcome=outcome, event=event)
 
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
@@ -269,14 +279,12 @@ def retry_or_fail(
     _avoid(job, lease.worker_id)
     if job.num_crashes > 1:
         _pause(job, pause_seconds, job.num_crashes - 1)
-    session.flush()
     is_last = job.num_crashes >= max_attempts and (
         len({workers.machine_of(worker_id) for worker_id in job.avoided_workers}) > 1
         or session.scalar(select(Job.id).where(Job.id == job.id, workers.is_avoided_by_others())) is not None
     )
     if is_last:
-        tail = f"This was attempt {job.num_crashes} of {max_attempts}, so the job has failed."
-        return _end_failed(session, job, error, f"{error.message} {tail}")
+        return _end_failed(session, job, error, f"This was attempt {job.num_crashes} of {max_attempts}")
     return _end_broken(session, job, error, outcome="crashed")
 
 
@@ -298,28 +306,20 @@ def _pause(job: Job, seconds: float, num_before: int) -> None:
     job.not_before = func.now() + timedelta(seconds=pause_seconds)
 
 
-def _end_failed(session: Session, job: Job, error: LuthierError, message: str) -> JobStatus:
-    attempts.end(session, job.id, job.lease_epoch, "crashed")
-    job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
-    job.status = JobStatus.FAILED.value
-    job.finished_at = func.now()
-    job.error = {"code": error.code, "message": message, "param": error.param}
-    deliveries.enqueue(session, job.id, JobStatus.FAILED)
-    session.flush()
-    events.append(session, job.id, [NewEvent(message, level="error", data={"code": error.code})])
-    return JobStatus.FAILED
+def _end_failed(session: Session, job: Job, error: LuthierError, why: str) -> JobStatus:
+    message = f"{error.message} {why}, so the job has failed."
+    event = NewEvent(message, level="error", data={"code": error.code})
+    body = {"code": error.code, "message": message, "param": error.param}
+    return _end(session, job, JobStatus.FAILED, outcome="crashed", event=event, error=body)
 
 
 def _end_broken(session: Session, job: Job, error: LuthierError, *, outcome: str) -> JobStatus:
-    attempts.end(session, job.id, job.lease_epoch, outcome)
-    job.lease_owner = job.lease_expires_at = job.estimated_finish_at = None
-    job.status = WAITS_AS[JobStatus(job.status)].value
-    how = "is paused at" if job.status == JobStatus.PAUSED else "continues from"
+    status = WAITS_AS[JobStatus(job.status)]
+    how = "is paused at" if status is JobStatus.PAUSED else "continues from"
     where = "its last save point" if job.save_points else "its beginning"
-    session.flush()
     message = f"{error.message} The job {how} {where}."
-    events.append(session, job.id, [NewEvent(message, level="warn", data={"code": error.code})])
-    return JobStatus(job.status)
+    event = NewEvent(message, level="warn", data={"code": error.code})
+    return _end(session, job, status, outcome=outcome, event=event)
 
 
 def put_off(
@@ -338,14 +338,11 @@ def put_off(
     if is_machine:
         _avoid(job, lease.worker_id)
     _pause(job, pause_seconds, job.num_faults)
-    session.flush()
     if job.num_faults >= _MAX_FAULTS and not (isinstance(error, UnavailableError) and error.retryable):
         fail(session, lease, error)
         return JobStatus.FAILED
     event = NewEvent(f"The job waits: {error.message}", level="warn", data={}) if is_new else None
-    status = WAITS_AS[JobStatus(job.status)]
-    leave(session, lease, status, outcome="unavailable", event=event)
-    return status
+    return wait_again(session, lease, outcome="unavailable", event=event)
 
 
 def sweep(session: Session, *, limit: int = 100) -> Sequence[str]:
@@ -371,8 +368,8 @@ def sweep(session: Session, *, limit: int = 100) -> Sequence[str]:
             continue
         job.num_losses += 1
         if job.num_losses >= _MAX_LOSSES:
-            tail = f"That was the case in {job.num_losses} attempts without progress, so the job has failed."
-            _end_failed(session, job, error, f"{error.message} {tail}")
+            why = f"That was the case in {job.num_losses} attempts without progress"
+            _end_failed(session, job, error, why)
             continue
         if job.num_losses > 2:
             _pause(job, _LOSS_PAUSE_SECONDS, job.num_losses - 2)
