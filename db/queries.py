@@ -67,7 +67,7 @@ def delete_some(session: Session, table: Any, which: ColumnElement[bool], *, lim
     """Delete at most `limit` rows that no other transaction has locked; return how many."""
     chosen = select(table.id).where(which).limit(limit).with_for_update(skip_locked=True)
     gone = delete(table).where(table.id.in_(chosen)).returning(table.id)
-    return len(session.execute(gone.execution_options(synchronize_session=False)).all())
+    return len(session.execute(gone).all())
 
 
 def find_alias(

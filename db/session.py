@@ -64,7 +64,10 @@ class Database:
 
         if answer_seconds is not None:
             _bound_ping(self.engine.dialect)
-        self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        # No statement changes rows that its session has loaded and reads again.
+        self._sessions = sessionmaker(
+            self.engine, expire_on_commit=False, execution_options={"synchronize_session": False}
+        )
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:

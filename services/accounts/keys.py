@@ -44,7 +44,6 @@ _NOTE_USE = (
         )
     )
     .values(last_used_at=func.now())
-    .execution_options(synchronize_session=False)
 )
 
 

@@ -169,7 +169,6 @@ def renew(session: Session, job_id: str, fencing_token: int, lease_seconds: floa
         update(MemoryGrant)
         .where(MemoryGrant.job_id == job_id, MemoryGrant.lease_epoch == fencing_token)
         .values(expires_at=func.now() + timedelta(seconds=lease_seconds))
-        .execution_options(synchronize_session=False)
     )
 
 
@@ -184,4 +183,4 @@ def forget_lapsed(session: Session) -> None:
 
 
 def _delete(session: Session, *which: ColumnElement[bool]) -> None:
-    session.execute(delete(MemoryGrant).where(*which).execution_options(synchronize_session=False))
+    session.execute(delete(MemoryGrant).where(*which))

@@ -66,7 +66,7 @@ def retire(session: Session, worker_id: str) -> None:
 def forget_gone(session: Session) -> None:
     """Delete the rows of workers that were killed a day ago or more."""
     is_gone = Worker.heartbeat_at < func.now() - timedelta(seconds=_KEPT_SECONDS)
-    session.execute(delete(Worker).where(is_gone).execution_options(synchronize_session=False))
+    session.execute(delete(Worker).where(is_gone))
 
 
 def lock(session: Session, worker_id: str) -> Worker:
@@ -167,7 +167,6 @@ def note_life(session: Session, worker_id: str) -> None:
         update(Worker)
         .where(Worker.id == worker_id, or_(Worker.deaths != [], Worker.num_quarantines > 0))
         .values(deaths=[], num_quarantines=0)
-        .execution_options(synchronize_session=False)
     )
 
 
@@ -209,7 +208,6 @@ def find_quarantine(session: Session, worker_id: str) -> Quarantine | None:
         .where(Worker.id == worker_id, Worker.quarantined_until < func.now())
         .values(quarantined_until=func.now() + timedelta(seconds=_TEST_SECONDS))
         .returning(Worker.id)
-        .execution_options(synchronize_session=False)
     )
     return Quarantine(reason, due is not None)
 
@@ -238,7 +236,6 @@ def note_waiting(session: Session, job_id: str, what: str, data: dict[str, Any] 
         .where(Job.id == job_id, Job.waits_for.is_distinct_from(what))
         .values(waits_for=what)
         .returning(Job.id)
-        .execution_options(synchronize_session=False)
     )
     if changed is not None:
         events.append(session, job_id, [NewEvent(f"The job waits for {what}", level="warn", data=data or {})])

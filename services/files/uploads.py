@@ -156,10 +156,7 @@ def cancel(session: Session, principal: Principal, upload_id: str) -> tuple[Uplo
 def expire_lapsed(session: Session) -> None:
     """End every upload whose time is over."""
     session.execute(
-        update(Upload)
-        .where(_has_lapsed())
-        .values(status=UploadStatus.EXPIRED.value, ended_at=func.now())
-        .execution_options(synchronize_session=False)
+        update(Upload).where(_has_lapsed()).values(status=UploadStatus.EXPIRED.value, ended_at=func.now())
     )
 
 

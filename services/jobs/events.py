@@ -40,8 +40,6 @@ def append(session: Session, job_id: str, events: Sequence[NewEvent]) -> None:
         .where(Job.id == job_id)
         .values(last_event_seq=Job.last_event_seq + len(events))
         .returning(Job.last_event_seq, Job.organization_id, Job.project_id)
-        # No loaded row needs the new counter.
-        .execution_options(synchronize_session=False)
     ).one()
     first = owner.last_event_seq - len(events) + 1
     session.add_all(
@@ -81,9 +79,7 @@ def _thin(session: Session, job_id: str, last_seq: int) -> None:
         # A job that was begun before events were thinned has many more than a statement's timeout allows.
         .limit(_MAX_THINNED)
     )
-    session.execute(
-        delete(JobEvent).where(JobEvent.id.in_(thinned)).execution_options(synchronize_session=False)
-    )
+    session.execute(delete(JobEvent).where(JobEvent.id.in_(thinned)))
 
 
 def list_after(session: Session, job_id: str, *, seq: int, limit: int) -> Sequence[JobEvent]:

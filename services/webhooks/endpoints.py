@@ -160,7 +160,6 @@ def delete(session: Session, principal: Principal, endpoint_id: str) -> None:
         update(WebhookDelivery)
         .where(WebhookDelivery.endpoint_id == endpoint.id, WebhookDelivery.finished_at.is_(None))
         .values(finished_at=func.now(), outcome="endpoint_deleted")
-        .execution_options(synchronize_session=False)
     )
     session.flush()
 
