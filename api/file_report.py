@@ -10,7 +10,7 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 
 from api.deps import AppState, get_local_base
-from api.schemas.files import FileReportObject, file_report_object
+from api.schemas.files import FileReportObject
 from db.tables import File
 from luthier.bases.catalogue import base_folder
 from luthier.core.errors import (
@@ -100,7 +100,14 @@ def _report(
             if validation and validation_path and not validation_path.exists():
                 raise _gone(validation, "validation_file") from error
             raise
-    return file_report_object(file.id, file.sha256, facts, validation_file_id, report)
+    return FileReportObject(
+        file_id=file.id,
+        sha256=file.sha256,
+        base=facts.id,
+        base_digest=facts.digest,
+        validation_file=validation_file_id,
+        **dict(report),
+    )
 
 
 def _hold(state: AppState, stack: ExitStack, file: File, param: str) -> Path:

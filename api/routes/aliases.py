@@ -3,17 +3,15 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
-from sqlalchemy.orm import Session
 
 from api.alias_check import check_target
 from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep, run_in_transaction
 from api.schemas.aliases import (
     AliasObject,
     AliasVersionObject,
+    PointedAliasObject,
     PutAliasBody,
     RollBackAliasBody,
-    alias_object,
-    alias_version_object,
 )
 from api.schemas.base import DeletedObject, ListPage, list_object
 from luthier.core.errors import UnavailableError
@@ -33,7 +31,7 @@ def list_aliases(
 ) -> ListPage[AliasObject]:
     """List the project's aliases, newest first."""
     rows, has_more = aliases.list_(session, principal, after=after, limit=limit)
-    return list_object([alias_object(row) for row in rows], has_more=has_more, with_ids=True)
+    return list_object([AliasObject.of_pointing(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/{name}/versions")
@@ -42,7 +40,8 @@ def list_alias_versions(
 ) -> ListPage[AliasVersionObject]:
     """List what an alias has pointed to, newest first."""
     rows, has_more = aliases.list_versions(session, principal, name, after=after, limit=limit)
-    return list_object([alias_version_object(row) for row in rows], has_more=has_more, with_ids=True)
+    data = [AliasVersionObject.of(row.version, model=row.model) for row in rows]
+    return list_object(data, has_more=has_more, with_ids=True)
 
 
 @router.post("/{name}/rollback")
@@ -52,7 +51,7 @@ async def roll_back_alias(
     principal: DetachedPrincipalDep,
     state: AppStateDep,
     body: RollBackAliasBody | None = None,
-) -> AliasObject:
+) -> PointedAliasObject:
     """Point an alias to what it pointed to before, or to what a version did; the next request sees it.
 
     The model is loaded and proved first, as a PUT does; `proved` says whether a server has answered with it.
@@ -63,27 +62,23 @@ async def roll_back_alias(
         is_proved = None if way.model is None else await check_target(state, principal, way.model, "version")
         await _check_connected(request)
 
-        def roll_back(session: Session, way: aliases.WayBack = way) -> AliasObject | None:
-            pointing = aliases.roll_back(session, principal, state.catalogue, name, way)
-            return None if pointing is None else alias_object(pointing)
-
         # None: the alias was moved meanwhile, so the model before it may be another one.
-        alias = await run_in_transaction(state, roll_back)
-        if alias is not None:
-            return {**alias, "proved": is_proved}
+        pointing = await run_in_transaction(state, aliases.roll_back, principal, state.catalogue, name, way)
+        if pointing is not None:
+            return PointedAliasObject.of_pointing(pointing, proved=is_proved)
     raise UnavailableError(f"{name} is pointed elsewhere again and again; try once more.")
 
 
 @router.get("/{name}")
 def retrieve_alias(name: str, session: SessionDep, principal: PrincipalDep) -> AliasObject:
     """Describe one alias."""
-    return alias_object(aliases.get(session, principal, name))
+    return AliasObject.of_pointing(aliases.get(session, principal, name))
 
 
 @router.put("/{name}")
 async def put_alias(
     name: str, body: PutAliasBody, request: Request, principal: DetachedPrincipalDep, state: AppStateDep
-) -> AliasObject:
+) -> PointedAliasObject:
     """Point an alias to a model, made now when it is new; the next request sees it.
 
     The model is loaded and proved first, so that no request waits for it, or meets one that can't answer;
@@ -92,11 +87,10 @@ async def put_alias(
     seen = await run_in_transaction(state, aliases.see, principal, name)
     is_proved = await check_target(state, principal, body.model, "model")
     await _check_connected(request)
-
-    def put(session: Session) -> AliasObject:
-        return alias_object(aliases.put(session, principal, state.catalogue, name, body.model, seen=seen))
-
-    return {**await run_in_transaction(state, put), "proved": is_proved}
+    pointing = await run_in_transaction(
+        state, aliases.put, principal, state.catalogue, name, body.model, seen=seen
+    )
+    return PointedAliasObject.of_pointing(pointing, proved=is_proved)
 
 
 async def _check_connected(request: Request) -> None:

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep, run_in_transaction
 from api.file_report import report_in_thread
 from api.schemas.base import DeletedObject, ListPage, list_object
-from api.schemas.files import FileObject, FileReportObject, file_object
+from api.schemas.files import FileObject, FileReportObject
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS, receive_file
 from api.uploads.multipart import form_body
@@ -51,7 +51,7 @@ async def create_file(request: Request, state: AppStateDep, principal: DetachedP
 
     def record(session: Session) -> FileObject:
         check_room(session, stored.num_bytes)
-        return file_object(files.record(session, principal, stored))
+        return FileObject.of(files.record(session, principal, stored))
 
     try:
         await run_in_threadpool(state.storage.check_free, state.settings.min_free_bytes)
@@ -83,13 +83,13 @@ def list_files(
     rows, has_more = files.list_(
         session, principal, after=after, limit=limit, is_ascending=order == "asc", purpose=purpose
     )
-    return list_object([file_object(row) for row in rows], has_more=has_more, with_ids=True)
+    return list_object([FileObject.of(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, session: SessionDep, principal: PrincipalDep) -> FileObject:
     """Describe one file."""
-    return file_object(files.get(session, principal, file_id))
+    return FileObject.of(files.get(session, principal, file_id))
 
 
 @router.head("/{file_id}/content", include_in_schema=False)

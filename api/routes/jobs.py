@@ -20,9 +20,6 @@ from api.schemas.jobs import (
     EventObject,
     JobObject,
     JobReport,
-    checkpoint_object,
-    event_object,
-    job_object,
     report_object,
 )
 from api.streaming.event_stream import event_stream_response
@@ -66,11 +63,11 @@ def create_job(
     """Create a job; the same create sent again, because its answer was lost, makes no second one."""
     earlier = idempotency.find_earlier(session, principal, fingerprint)
     if earlier is not None:
-        return job_object(jobs.get(session, principal, earlier))
+        return JobObject.of_job(jobs.get(session, principal, earlier))
     wanted = jobs.with_checked_integrations(session, state.settings, body.to_new_job())
     job = jobs.create(session, principal, state.catalogue, state.settings, state.notify, wanted)
     idempotency.remember(session, principal, fingerprint, resource_id=job.id)
-    return job_object(job)
+    return JobObject.of_job(job)
 
 
 @router.post("/estimate")
@@ -113,13 +110,13 @@ def list_jobs(
     rows, has_more = jobs.list_(
         session, principal, after=after, limit=limit, metadata=metadata, has_no_metadata=has_no_metadata
     )
-    return list_object([job_object(row) for row in rows], has_more=has_more)
+    return list_object([JobObject.of_job(row) for row in rows], has_more=has_more)
 
 
 @router.get("/{fine_tuning_job_id}")
 def retrieve_job(fine_tuning_job_id: str, session: SessionDep, principal: PrincipalDep) -> JobObject:
     """Describe one job."""
-    return job_object(jobs.get(session, principal, fine_tuning_job_id))
+    return JobObject.of_job(jobs.get(session, principal, fine_tuning_job_id))
 
 
 def _act_once(
@@ -154,7 +151,7 @@ def cancel_job(
 ) -> JobObject:
     """Cancel a job that has not ended; published checkpoints stay callable."""
     act = partial(jobs.cancel, session, principal, fine_tuning_job_id)
-    return job_object(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
+    return JobObject.of_job(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/pause")
@@ -163,7 +160,7 @@ def pause_job(
 ) -> JobObject:
     """Pause a job that is queued or running; its slot is given back, and nothing of it is lost."""
     act = partial(pausing.pause, session, principal, fine_tuning_job_id)
-    return job_object(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
+    return JobObject.of_job(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
 
 
 @router.post("/{fine_tuning_job_id}/resume")
@@ -176,7 +173,7 @@ def resume_job(
 ) -> JobObject:
     """Resume a paused job from its newest save point."""
     act = partial(pausing.resume, session, principal, state.notify, fine_tuning_job_id)
-    return job_object(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
+    return JobObject.of_job(_act_once(session, principal, fingerprint, fine_tuning_job_id, act))
 
 
 @router.get("/{fine_tuning_job_id}/checkpoints")
@@ -189,7 +186,7 @@ def list_checkpoints(
 ) -> ListPage[CheckpointObject]:
     """List a job's checkpoints, highest step first."""
     rows, has_more = jobs.list_checkpoints(session, principal, fine_tuning_job_id, after=after, limit=limit)
-    data = [checkpoint_object(checkpoint, name) for checkpoint, name in rows]
+    data = [CheckpointObject.of_checkpoint(*row) for row in rows]
     return list_object(data, has_more=has_more, with_ids=True)
 
 
@@ -221,4 +218,4 @@ async def list_events(
     rows, has_more = await run_in_transaction(
         state, jobs.list_events, principal, fine_tuning_job_id, after=after, limit=limit
     )
-    return JSONResponse(list_object([event_object(row) for row in rows], has_more=has_more))
+    return JSONResponse(list_object([EventObject.of(row).model_dump() for row in rows], has_more=has_more))

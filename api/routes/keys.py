@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from api.deps import PrincipalDep, SessionDep
-from api.schemas.accounts import CreateKeyBody, KeyObject, key_object
+from api.schemas.accounts import CreateKeyBody, KeyObject
 from api.schemas.base import DeletedObject, ListPage, list_object
 from services.accounts import keys
 
@@ -16,13 +16,13 @@ def create_key(body: CreateKeyBody, session: SessionDep, principal: PrincipalDep
     row, project_name, key = keys.create(
         session, principal, name=body.name, project_name=body.project, is_admin=body.is_admin
     )
-    return key_object(row, project_name, key)
+    return KeyObject.of(row, project=project_name, key=key)
 
 
 @router.get("")
 def list_keys(session: SessionDep, principal: PrincipalDep) -> ListPage[KeyObject]:
     """List the organization's keys."""
-    data = [key_object(row, project_name) for row, project_name in keys.list_(session, principal)]
+    data = [KeyObject.of(row, project=name) for row, name in keys.list_(session, principal)]
     return list_object(data, has_more=False)
 
 

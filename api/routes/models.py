@@ -9,14 +9,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import AppState, AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep, run_in_transaction
 from api.schemas.base import DeletedObject, ListPage, list_object
-from api.schemas.models import (
-    ModelFilesPage,
-    ModelObject,
-    aliased_object,
-    base_model_object,
-    model_files_object,
-    tuned_model_object,
-)
+from api.schemas.models import ModelFileObject, ModelFilesPage, ModelObject
 from api.streaming.byte_ranges import BYTES_ANSWER, stored_bytes
 from luthier.core.errors import NotFoundError, UnavailableError
 from luthier.storage.manifests import Manifest
@@ -34,13 +27,13 @@ def list_models(session: SessionDep, principal: PrincipalDep, state: AppStateDep
     aliased = names.list_aliased(session, principal, state.catalogue)
     data = [_named_object(named, principal) for named in aliased]
     # The project's own aliases come before the catalogue's.
-    shadowed = {model["id"] for model in data}
+    shadowed = {model.id for model in data}
     data += [
-        tuned_model_object(model, principal.organization_slug) for model in models.list_(session, principal)
+        ModelObject.of_model(model, principal.organization_slug) for model in models.list_(session, principal)
     ]
-    data += [base_model_object(base) for base in bases.values() if base.id in state.catalogue.bases]
+    data += [ModelObject.of_base(base) for base in bases.values() if base.id in state.catalogue.bases]
     data += [
-        {**base_model_object(bases[target]), "id": alias, "base_model": target}
+        ModelObject.of_base(bases[target]).model_copy(update={"id": alias, "base_model": target})
         for alias, target in state.catalogue.aliases.items()
         if target in bases and alias not in shadowed
     ]
@@ -49,13 +42,11 @@ def list_models(session: SessionDep, principal: PrincipalDep, state: AppStateDep
 
 def _named_object(named: names.Named, principal: Principal) -> ModelObject:
     if named.model is not None:
-        described = tuned_model_object(named.model, principal.organization_slug)
+        described = ModelObject.of_model(named.model, principal.organization_slug)
     else:
         assert named.base is not None
-        described = base_model_object(named.base)
-    if named.alias is None:
-        return described
-    return aliased_object(named.alias, described, principal.organization_slug)
+        described = ModelObject.of_base(named.base)
+    return described if named.alias is None else described.as_alias(named.alias, principal.organization_slug)
 
 
 async def _find_artifact(state: AppState, principal: Principal, name: str) -> tuple[str, Manifest]:
@@ -68,7 +59,9 @@ async def _find_artifact(state: AppState, principal: Principal, name: str) -> tu
 async def list_model_files(model: str, state: AppStateDep, principal: DetachedPrincipalDep) -> ModelFilesPage:
     """List the files of a tuned model with their sizes and hashes."""
     _, manifest = await _find_artifact(state, principal, model)
-    return model_files_object(manifest)
+    # Without the manifest itself.
+    data = [ModelFileObject.of(entry, name=name) for name, entry in sorted(manifest.files.items())]
+    return ModelFilesPage(digest=manifest.digest, data=data)
 
 
 @router.head("/{model}/files/{name:path}", include_in_schema=False)
@@ -99,7 +92,7 @@ async def pin_model(model: str, state: AppStateDep, principal: DetachedPrincipal
     def pin(session: Session) -> ModelObject:
         found = models.pin(session, principal, state.catalogue, model)
         limits.check_pinned_bytes(session, found, health.room_bytes, state.settings.max_pinned_share)
-        return tuned_model_object(found, principal.organization_slug)
+        return ModelObject.of_model(found, principal.organization_slug)
 
     return await run_in_transaction(state, pin)
 
@@ -108,7 +101,7 @@ async def pin_model(model: str, state: AppStateDep, principal: DetachedPrincipal
 def unpin_model(model: str, session: SessionDep, principal: PrincipalDep, state: AppStateDep) -> ModelObject:
     """Let a tuned model leave the memory again when others need its room."""
     found = models.unpin(session, principal, state.catalogue, model)
-    return tuned_model_object(found, principal.organization_slug)
+    return ModelObject.of_model(found, principal.organization_slug)
 
 
 # A path, and after all other routes: SDKs before version 3 do not encode slashes in names.
@@ -119,8 +112,8 @@ def retrieve_model(
     """Describe one model."""
     named = names.get_named(session, principal, state.catalogue, model)
     described = _named_object(named, principal)
-    if named.base is not None and described["id"] != model:
-        described = {**described, "id": model, "base_model": named.base.id}
+    if named.base is not None and described.id != model:
+        return described.model_copy(update={"id": model, "base_model": named.base.id})
     return described
 
 

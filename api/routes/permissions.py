@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from api.deps import PrincipalDep, SessionDep
 from api.schemas.base import DeletedObject, ListPage, list_object
-from api.schemas.models import CreatePermissionsBody, PermissionObject, permission_object
+from api.schemas.models import CreatePermissionsBody, PermissionObject
 from services.models import permissions
 
 router = APIRouter(prefix="/v1/fine_tuning/checkpoints", tags=["fine_tuning"])
@@ -27,7 +27,7 @@ def create_permissions(
 ) -> ListPage[PermissionObject]:
     """Let projects call a model; one that may already keeps its permission."""
     rows = permissions.create(session, principal, fine_tuned_model_checkpoint, body.project_ids)
-    return list_object([permission_object(row) for row in rows], has_more=False, with_ids=True)
+    return list_object([PermissionObject.of(row) for row in rows], has_more=False, with_ids=True)
 
 
 @router.get(_PATH)
@@ -50,7 +50,7 @@ def list_permissions(
         is_ascending=order == "ascending",
         project_id=project_id,
     )
-    return list_object([permission_object(row) for row in rows], has_more=has_more, with_ids=True)
+    return list_object([PermissionObject.of(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.delete(_PATH + "/{permission_id}")

@@ -10,8 +10,6 @@ from api.schemas.files import (
     CreateUploadBody,
     UploadObject,
     UploadPartObject,
-    upload_object,
-    upload_part_object,
 )
 from api.uploads.multipart import form_body
 from api.uploads.object_writer import discard_rest
@@ -43,14 +41,14 @@ def create_upload(
     limits.check_stored_bytes(
         session, project_id, settings.max_stored_bytes_per_project, num_new_bytes=new.num_bytes
     )
-    return upload_object(uploads.create(session, principal, new))
+    return UploadObject.of_upload(uploads.create(session, principal, new))
 
 
 @router.get("/{upload_id}")
 def retrieve_upload(upload_id: str, session: SessionDep, principal: PrincipalDep) -> UploadObject:
     """Describe one upload."""
     upload = uploads.get(session, principal, upload_id)
-    return upload_object(upload, uploads.find_file(session, upload))
+    return UploadObject.of_upload(upload, uploads.find_file(session, upload))
 
 
 @router.post("/{upload_id}/parts", openapi_extra=_PART_FORM)
@@ -69,7 +67,7 @@ async def create_part(
     stored = await receive_part(request, state.storage, part_id=part_id, storage_key=storage_key)
 
     def record(session: Session) -> UploadPartObject:
-        return upload_part_object(uploads.record_part(session, principal, upload_id, stored))
+        return UploadPartObject.of(uploads.record_part(session, principal, upload_id, stored))
 
     return await record_stored(state, storage_key, record, UploadPart, part_id)
 
@@ -110,7 +108,7 @@ async def complete_upload(
     """Make the parts a file, checked line by line; the same complete sent again answers the same file."""
     assembly = await _start(state, principal, upload_id, body)
     if assembly.is_done:
-        return upload_object(assembly.upload, assembly.file)
+        return UploadObject.of_upload(assembly.upload, assembly.file)
     file_id = new_id("file")
     storage_key = f"{storage_prefix(principal.project_id, upload_id)}/{file_id}"
     try:
@@ -120,16 +118,16 @@ async def complete_upload(
         assembly = await _start(state, principal, upload_id, body)
         if not assembly.is_done:
             raise
-        return upload_object(assembly.upload, assembly.file)
+        return UploadObject.of_upload(assembly.upload, assembly.file)
 
     def finish(session: Session) -> UploadObject:
         upload, file = uploads.finish_completing(
             session, principal, upload_id, stored, part_ids=body.part_ids, md5=body.md5
         )
-        return upload_object(upload, file)
+        return UploadObject.of_upload(upload, file)
 
     answer = await record_stored(state, storage_key, finish, File, file_id)
-    is_ours = answer["file"] is not None and answer["file"]["id"] == file_id
+    is_ours = answer.file is not None and answer.file.id == file_id
     await delete_stored(state, [part.storage_key for part in assembly.parts] if is_ours else [storage_key])
     return answer
 
@@ -139,4 +137,4 @@ async def cancel_upload(upload_id: str, state: AppStateDep, principal: DetachedP
     """End an upload; its parts are deleted, and it takes no more."""
     upload, keys = await run_in_transaction(state, uploads.cancel, principal, upload_id)
     await delete_stored(state, keys)
-    return upload_object(upload)
+    return UploadObject.of_upload(upload)

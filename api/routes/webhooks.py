@@ -16,7 +16,6 @@ from api.schemas.webhooks import (
     EventTypesPage,
     RotateSecretBody,
     TestEndpointBody,
-    endpoint_object,
 )
 from luthier.core.errors import WebhookUnreachableError
 from luthier.core.ids import new_id
@@ -61,7 +60,7 @@ def create_endpoint(
         url=body.url,
         event_types=body.event_types,
     )
-    return endpoint_object(endpoint, secret)
+    return EndpointObject.of(endpoint, signing_secret=secret)
 
 
 @router.get("/webhook_endpoints")
@@ -70,7 +69,7 @@ def list_endpoints(
 ) -> ListPage[EndpointObject]:
     """List the project's endpoints, newest first."""
     rows, has_more = endpoints.list_(session, principal, after=after, limit=limit)
-    return list_object([endpoint_object(row) for row in rows], has_more=has_more, with_ids=True)
+    return list_object([EndpointObject.of(row) for row in rows], has_more=has_more, with_ids=True)
 
 
 @router.get("/webhook_endpoints/{webhook_endpoint_id}")
@@ -78,7 +77,7 @@ def retrieve_endpoint(
     webhook_endpoint_id: str, session: SessionDep, principal: PrincipalDep
 ) -> EndpointObject:
     """Describe one endpoint."""
-    return endpoint_object(endpoints.get(session, principal, webhook_endpoint_id))
+    return EndpointObject.of(endpoints.get(session, principal, webhook_endpoint_id))
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}")
@@ -91,7 +90,7 @@ def change_endpoint(
 ) -> EndpointObject:
     """Change an endpoint's name, URL or types."""
     wanted = EndpointChange(body.name, body.url, body.event_types)
-    return endpoint_object(endpoints.change(session, principal, _rules(state), webhook_endpoint_id, wanted))
+    return EndpointObject.of(endpoints.change(session, principal, _rules(state), webhook_endpoint_id, wanted))
 
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")
@@ -114,7 +113,7 @@ def rotate_endpoint_secret(
     endpoint, secret = endpoints.rotate_secret(
         session, principal, state.sealer, webhook_endpoint_id, keeps_old=keeps_old
     )
-    return endpoint_object(endpoint, secret)
+    return EndpointObject.of(endpoint, signing_secret=secret)
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")
@@ -138,11 +137,6 @@ async def test_endpoint(
         outcome = await send(message, _rules(state), timeout_seconds=timeout_seconds)
     if outcome.status_code is None:
         raise WebhookUnreachableError(f"The endpoint gave no answer: {outcome.error}.")
-    return {
-        "object": "webhook_endpoint.test",
-        "webhook_endpoint_id": webhook_endpoint_id,
-        "event_type": body.event_type,
-        "status_code": outcome.status_code,
-        # The SDK's type allows nothing else; `status_code` is the receiver's answer.
-        "success": True,
-    }
+    return EndpointTestObject(
+        webhook_endpoint_id=webhook_endpoint_id, event_type=body.event_type, status_code=outcome.status_code
+    )

@@ -1,12 +1,11 @@
 """Aliases and their versions."""
 
-from typing import Literal, NotRequired
+from typing import Any, Literal, Self
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
-from api.schemas.base import Body
-from services.models.aliases import PastPointing, Pointing
+from api.schemas.base import Answer, Body, Timestamp
+from services.models.aliases import Pointing
 
 
 class PutAliasBody(Body):
@@ -21,58 +20,38 @@ class RollBackAliasBody(Body):
     version: int | None = Field(None, ge=1, le=2**31 - 1, strict=True)
 
 
-class AliasObject(TypedDict):
-    """A project's own name for a model; `proved` is in the answers that pointed it, see docs/api.md."""
+class AliasObject(Answer):
+    """A project's own name for a model."""
 
     id: str
-    object: Literal["alias"]
+    object: Literal["alias"] = "alias"
     name: str
     model: str | None
     digest: str | None
     version: int
-    created_at: int
-    updated_at: int
-    proved: NotRequired[bool | None]
+    created_at: Timestamp
+    updated_at: Timestamp
+
+    @classmethod
+    def of_pointing(cls, pointing: Pointing, **more: Any) -> Self:
+        """Return an alias as clients see it."""
+        return cls.of(pointing.alias, model=pointing.model, digest=pointing.digest, **more)
 
 
-class AliasVersionObject(TypedDict):
+class PointedAliasObject(AliasObject):
+    """An alias that this request pointed to its model; `proved` as docs/api.md has it."""
+
+    proved: bool | None
+
+
+class AliasVersionObject(Answer):
     """What an alias pointed to."""
 
     id: str
-    object: Literal["alias.version"]
-    version: int
+    object: Literal["alias.version"] = "alias.version"
+    version: int = Field(validation_alias="number")
     model: str | None
     digest: str | None
-    restored_version: int | None
-    created_at: int
+    restored_version: int | None = Field(validation_alias="restored_number")
+    created_at: Timestamp
     created_by_key_id: str | None
-
-
-def alias_object(pointing: Pointing) -> AliasObject:
-    """Return an alias as clients see it."""
-    alias = pointing.alias
-    return {
-        "id": alias.id,
-        "object": "alias",
-        "name": alias.name,
-        "model": pointing.model,
-        "digest": pointing.digest,
-        "version": alias.version,
-        "created_at": int(alias.created_at.timestamp()),
-        "updated_at": int(alias.updated_at.timestamp()),
-    }
-
-
-def alias_version_object(past: PastPointing) -> AliasVersionObject:
-    """Return a version of an alias as clients see it."""
-    version = past.version
-    return {
-        "id": version.id,
-        "object": "alias.version",
-        "version": version.number,
-        "model": past.model,
-        "digest": version.digest,
-        "restored_version": version.restored_number,
-        "created_at": int(version.created_at.timestamp()),
-        "created_by_key_id": version.created_by_key_id,
-    }

@@ -1,48 +1,31 @@
 """Files, uploads in parts, and the report of a file."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StringConstraints
-from typing_extensions import TypedDict
 
-from api.schemas.base import Body
+from api.schemas.base import Answer, Body, Timestamp
 from api.uploads.content_disposition import clean_filename
 from api.uploads.file_upload import MAX_EXPIRES_AFTER_SECONDS, MIN_EXPIRES_AFTER_SECONDS
-from db.tables import File, Upload, UploadPart
+from db.tables import File, Upload
 from luthier.core.errors import InvalidValueError
-from luthier.core.specs import BaseFacts
 from luthier.data.readers.upload_check import check_input_purpose, check_mime_type
 from luthier.data.reports.file_report import DataReport
 from services.files.uploads import MAX_PARTS, NewUpload
 
 
-class FileObject(TypedDict):
-    """A stored file."""
+class FileObject(Answer):
+    """A stored file; its status is `processed`: it has been checked."""
 
     id: str
-    object: Literal["file"]
-    bytes: int
-    created_at: int
-    expires_at: int | None
+    object: Literal["file"] = "file"
+    bytes: int = Field(validation_alias="num_bytes")
+    created_at: Timestamp
+    expires_at: Timestamp | None
     filename: str
     purpose: str
-    status: Literal["processed"]
-    status_details: None
-
-
-def file_object(file: File) -> FileObject:
-    """Return a file as clients see it; `status` is `processed`: a stored file has been checked."""
-    return {
-        "id": file.id,
-        "object": "file",
-        "bytes": file.num_bytes,
-        "created_at": int(file.created_at.timestamp()),
-        "expires_at": None if file.expires_at is None else int(file.expires_at.timestamp()),
-        "filename": file.filename,
-        "purpose": file.purpose,
-        "status": "processed",
-        "status_details": None,
-    }
+    status: Literal["processed"] = "processed"
+    status_details: None = None
 
 
 class ExpiresAfterBody(Body):
@@ -94,52 +77,32 @@ class CompleteUploadBody(Body):
     md5: Annotated[str, StringConstraints(pattern=r"^[0-9A-Fa-f]{32}$", to_lower=True)] | None = None
 
 
-class UploadObject(TypedDict):
-    """A file that is sent in parts."""
+class UploadObject(Answer):
+    """A file that is sent in parts, and the file that it made."""
 
     id: str
-    object: Literal["upload"]
-    bytes: int
-    created_at: int
-    expires_at: int
+    object: Literal["upload"] = "upload"
+    bytes: int = Field(validation_alias="num_bytes")
+    created_at: Timestamp
+    expires_at: Timestamp
     filename: str
     purpose: str
     status: str
-    file: FileObject | None
+    file: FileObject | None = None
+
+    @classmethod
+    def of_upload(cls, upload: Upload, file: File | None = None) -> Self:
+        """Return an upload as clients see it."""
+        return cls.of(upload, file=None if file is None else FileObject.of(file))
 
 
-class UploadPartObject(TypedDict):
+class UploadPartObject(Answer):
     """A part of an upload."""
 
     id: str
-    object: Literal["upload.part"]
-    created_at: int
+    object: Literal["upload.part"] = "upload.part"
+    created_at: Timestamp
     upload_id: str
-
-
-def upload_object(upload: Upload, file: File | None = None) -> UploadObject:
-    """Return an upload as clients see it, with the file that it made."""
-    return {
-        "id": upload.id,
-        "object": "upload",
-        "bytes": upload.num_bytes,
-        "created_at": int(upload.created_at.timestamp()),
-        "expires_at": int(upload.expires_at.timestamp()),
-        "filename": upload.filename,
-        "purpose": upload.purpose,
-        "status": upload.status,
-        "file": None if file is None else file_object(file),
-    }
-
-
-def upload_part_object(part: UploadPart) -> UploadPartObject:
-    """Return a part as clients see it."""
-    return {
-        "id": part.id,
-        "object": "upload.part",
-        "created_at": int(part.created_at.timestamp()),
-        "upload_id": part.upload_id,
-    }
 
 
 class FileReportObject(DataReport):
@@ -151,17 +114,3 @@ class FileReportObject(DataReport):
     base: str
     base_digest: str
     validation_file: str | None
-
-
-def file_report_object(
-    file_id: str, sha256: str, base: BaseFacts, validation_file_id: str | None, report: DataReport
-) -> FileReportObject:
-    """Return a file's report as clients see it."""
-    return FileReportObject(
-        file_id=file_id,
-        sha256=sha256,
-        base=base.id,
-        base_digest=base.digest,
-        validation_file=validation_file_id,
-        **dict(report),
-    )

@@ -2,18 +2,15 @@
 
 import secrets
 from collections.abc import Mapping
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, field_validator, model_validator
-from typing_extensions import TypedDict
 
-from api.schemas.base import Body
-from db.tables import Checkpoint, Job, JobEvent
+from api.schemas.base import Answer, Body, Timestamp
+from db.tables import Checkpoint, Job
 from luthier.core.errors import InvalidValueError, UnsupportedValueError
 from luthier.core.events import RunReport
 from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
-from luthier.methods import Method
 from luthier.methods._tuning import MAX_BETA
 from services.jobs.jobs import NewJob
 from services.jobs.reports import PrepareReport
@@ -166,130 +163,91 @@ class CreateJobBody(Body):
         return HyperparametersBody(**merged).to_hyperparameters()
 
 
-def _seconds(moment: datetime | None) -> int | None:
-    return None if moment is None else int(moment.timestamp())
+class JobObject(Answer):
+    """A fine-tuning job; `started_from`, `tuning` and `training` are ours.
 
-
-class JobObject(TypedDict):
-    """A fine-tuning job; `started_from`, `tuning` and `training` are ours. "auto" is not resolved yet."""
+    Values stay "auto" until prepare has resolved them.
+    """
 
     id: str
-    object: Literal["fine_tuning.job"]
-    created_at: int
-    finished_at: int | None
-    estimated_finish: int | None
+    object: Literal["fine_tuning.job"] = "fine_tuning.job"
+    created_at: Timestamp
+    finished_at: Timestamp | None
+    estimated_finish: Timestamp | None = Field(validation_alias="estimated_finish_at")
     model: str
     fine_tuned_model: str | None
     organization_id: str
     status: str
     trained_tokens: int | None
-    training_file: str
-    validation_file: str | None
+    training_file: str = Field(validation_alias="training_file_id")
+    validation_file: str | None = Field(validation_alias="validation_file_id")
     result_files: list[str]
     error: dict[str, Any] | None
     hyperparameters: dict[str, Any]
     method: dict[str, Any]
     seed: int
     integrations: list[Any]
-    metadata: dict[str, str] | None
-    user_provided_suffix: str | None
+    metadata: dict[str, str] | None = Field(validation_alias="user_metadata")
+    user_provided_suffix: str | None = Field(validation_alias="suffix")
     started_from: dict[str, str] | None
     tuning: dict[str, Any]
     training: dict[str, Any]
 
+    @classmethod
+    def of_job(cls, job: Job) -> Self:
+        """Return a job as clients see it."""
+        spec = TrainingSpec.model_validate(job.spec)
+        hyperparameters = spec.hyperparameters.model_dump(mode="json")
+        objective = "supervised" if spec.dpo is None else "dpo"
+        knobs = hyperparameters if spec.dpo is None else hyperparameters | {"beta": spec.dpo.beta}
+        parent = spec.parent
+        return cls.of(
+            job,
+            model=job.base_id,
+            result_files=[] if job.result_file_id is None else [job.result_file_id],
+            hyperparameters=hyperparameters,
+            method={"type": objective, objective: {"hyperparameters": knobs}},
+            integrations=job.integrations or [],
+            started_from=None if parent is None else {"name": parent.name, "digest": parent.digest},
+            tuning=spec.tuning,
+            training=spec.training.model_dump(mode="json"),
+        )
 
-class EventObject(TypedDict):
+
+class EventObject(Answer):
     """An event of a job."""
 
     id: str
-    object: Literal["fine_tuning.job.event"]
-    created_at: int
+    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    created_at: Timestamp
     level: str
     message: str
     type: str
     data: dict[str, Any] | None
 
 
-class CheckpointObject(TypedDict):
+class CheckpointObject(Answer):
     """A checkpoint of a job; metrics that were not measured are absent."""
 
     id: str
-    object: Literal["fine_tuning.job.checkpoint"]
-    created_at: int
+    object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
+    created_at: Timestamp
     fine_tuned_model_checkpoint: str
-    fine_tuning_job_id: str
+    fine_tuning_job_id: str = Field(validation_alias="job_id")
     step_number: int
     metrics: dict[str, Any]
 
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, model_name: str) -> Self:
+        """Return a checkpoint as clients see it.
 
-def job_object(job: Job) -> JobObject:
-    """Return a job as clients see it; values stay "auto" until prepare has resolved them."""
-    spec = TrainingSpec.model_validate(job.spec)
-    hyperparameters = spec.hyperparameters.model_dump(mode="json")
-    objective = "supervised" if spec.dpo is None else "dpo"
-    knobs = hyperparameters if spec.dpo is None else hyperparameters | {"beta": spec.dpo.beta}
-    return {
-        "id": job.id,
-        "object": "fine_tuning.job",
-        "created_at": int(job.created_at.timestamp()),
-        "finished_at": _seconds(job.finished_at),
-        "estimated_finish": _seconds(job.estimated_finish_at),
-        "model": job.base_id,
-        "fine_tuned_model": job.fine_tuned_model,
-        "organization_id": job.organization_id,
-        "status": job.status,
-        "trained_tokens": job.trained_tokens,
-        "training_file": job.training_file_id,
-        "validation_file": job.validation_file_id,
-        "result_files": [] if job.result_file_id is None else [job.result_file_id],
-        "error": job.error,
-        "hyperparameters": hyperparameters,
-        "method": {"type": objective, objective: {"hyperparameters": knobs}},
-        "seed": job.seed,
-        "integrations": job.integrations or [],
-        "metadata": job.user_metadata,
-        "user_provided_suffix": job.suffix,
-        "started_from": _started_from(spec),
-        "tuning": spec.tuning,
-        "training": spec.training.model_dump(mode="json"),
-    }
-
-
-def _started_from(spec: TrainingSpec) -> dict[str, str] | None:
-    """Return the tuned model that a job continues, or None when it starts from its base."""
-    return None if spec.parent is None else {"name": spec.parent.name, "digest": spec.parent.digest}
-
-
-def event_object(event: JobEvent) -> EventObject:
-    """Return an event as clients see it."""
-    return {
-        "id": event.id,
-        "object": "fine_tuning.job.event",
-        "created_at": int(event.created_at.timestamp()),
-        "level": event.level,
-        "message": event.message,
-        "type": event.type,
-        "data": event.data,
-    }
-
-
-def checkpoint_object(checkpoint: Checkpoint, model_name: str) -> CheckpointObject:
-    """Return a checkpoint as clients see it.
-
-    Validation rows are scored all or not at all, so `valid_loss` and `full_valid_loss` are equal.
-    """
-    names = ("loss", "mean_token_accuracy")
-    whole = {f"valid_{name}": checkpoint.metrics.get(f"full_valid_{name}") for name in names}
-    measured = {name: value for name, value in whole.items() if value is not None}
-    return {
-        "id": checkpoint.id,
-        "object": "fine_tuning.job.checkpoint",
-        "created_at": int(checkpoint.created_at.timestamp()),
-        "fine_tuned_model_checkpoint": model_name,
-        "fine_tuning_job_id": checkpoint.job_id,
-        "step_number": checkpoint.step_number,
-        "metrics": measured | checkpoint.metrics,
-    }
+        Validation rows are scored all or not at all, so `valid_loss` and `full_valid_loss` are equal.
+        """
+        names = ("loss", "mean_token_accuracy")
+        whole = {f"valid_{name}": checkpoint.metrics.get(f"full_valid_{name}") for name in names}
+        measured = {name: value for name, value in whole.items() if value is not None}
+        metrics = measured | checkpoint.metrics
+        return cls.of(checkpoint, fine_tuned_model_checkpoint=model_name, metrics=metrics)
 
 
 class JobReport(BaseModel):
@@ -312,24 +270,12 @@ def report_object(job: Job) -> dict[str, Any]:
     }
 
 
-class MethodObject(TypedDict):
+class MethodObject(Answer):
     """A tuning method; `parameters` is the JSON schema of a job's `tuning`."""
 
-    id: str
-    object: Literal["fine_tuning.method"]
+    id: str = Field(validation_alias="name")
+    object: Literal["fine_tuning.method"] = "fine_tuning.method"
     title: str
     parameters: dict[str, Any]
     is_whole_model: bool
     loads_in_peft: bool
-
-
-def method_object(method: Method) -> MethodObject:
-    """Return a method as clients see it."""
-    return {
-        "id": method.name,
-        "object": "fine_tuning.method",
-        "title": method.title,
-        "parameters": method.Params.model_json_schema(),
-        "is_whole_model": method.is_whole_model,
-        "loads_in_peft": method.library_name == "peft",
-    }

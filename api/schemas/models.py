@@ -1,98 +1,74 @@
 """Models, their files, and the permissions to call them."""
 
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
-from typing_extensions import TypedDict
 
-from api.schemas.base import Body
-from db.tables import Alias, Base, CheckpointPermission, Model
-from luthier.storage.manifests import Manifest
+from api.schemas.base import Absent, Answer, Body, Timestamp, absent_if_none
+from db.tables import Alias, Base, Model
 
 
-class ModelObject(TypedDict):
+class ModelObject(Answer):
     """A name that can be called: a base, a tuned model, a checkpoint, an alias or a name mapped to a base."""
 
     id: str
-    object: Literal["model"]
-    created: int
+    object: Literal["model"] = "model"
+    created: Timestamp = Field(validation_alias="created_at")
     owned_by: str
     base_model: str | None
     digest: str
-    job: NotRequired[str]
-    pinned: NotRequired[bool]
-    context_length: NotRequired[int]
-    alias_of: NotRequired[str]
+    job: str | Absent = absent_if_none()
+    pinned: bool | Absent = absent_if_none()
+    context_length: int | Absent = absent_if_none()
+    alias_of: str | Absent = absent_if_none()
+
+    @classmethod
+    def of_model(cls, model: Model, organization_slug: str) -> Self:
+        """Return a tuned model or checkpoint as clients see it."""
+        return cls(
+            id=model.name,
+            created=model.created_at,
+            owned_by=organization_slug,
+            base_model=model.base_id,
+            job=model.job_id,
+            digest=model.artifact_digest,
+            pinned=model.pinned_at is not None,
+        )
+
+    @classmethod
+    def of_base(cls, base: Base) -> Self:
+        """Return a base model as clients see it."""
+        return cls.of(base, owned_by="luthier", base_model=None)
+
+    def as_alias(self, alias: Alias, organization_slug: str) -> Self:
+        """Return this model under an alias."""
+        return self.model_copy(
+            update={
+                "id": alias.name,
+                "created": int(alias.created_at.timestamp()),
+                "owned_by": organization_slug,
+                "base_model": self.base_model or self.id,
+                "alias_of": self.id,
+            }
+        )
 
 
-class ModelFileObject(TypedDict):
+class ModelFileObject(Answer):
     """A file of a tuned model."""
 
     name: str
-    object: Literal["model.file"]
+    object: Literal["model.file"] = "model.file"
     bytes: int
     sha256: str
 
 
-class ModelFilesPage(TypedDict):
+class ModelFilesPage(Answer):
     """The files of a tuned model."""
 
-    object: Literal["list"]
+    object: Literal["list"] = "list"
     digest: str
     data: list[ModelFileObject]
-    has_more: Literal[False]
-
-
-def tuned_model_object(model: Model, organization_slug: str) -> ModelObject:
-    """Return a tuned model or checkpoint as clients see it."""
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": int(model.created_at.timestamp()),
-        "owned_by": organization_slug,
-        "base_model": model.base_id,
-        "job": model.job_id,
-        "digest": model.artifact_digest,
-        "pinned": model.pinned_at is not None,
-    }
-
-
-def base_model_object(base: Base) -> ModelObject:
-    """Return a base model as clients see it."""
-    return {
-        "id": base.id,
-        "object": "model",
-        "created": int(base.created_at.timestamp()),
-        "owned_by": "luthier",
-        "base_model": None,
-        "context_length": base.context_length,
-        "digest": base.digest,
-    }
-
-
-def aliased_object(alias: Alias, target: ModelObject, organization_slug: str) -> ModelObject:
-    """Return an alias as a callable model: its target's object and name."""
-    return {
-        **target,
-        "id": alias.name,
-        "created": int(alias.created_at.timestamp()),
-        "owned_by": organization_slug,
-        "base_model": target["base_model"] or target["id"],
-        "alias_of": target["id"],
-    }
-
-
-def model_files_object(manifest: Manifest) -> ModelFilesPage:
-    """Return the list of an artifact's files, without the manifest."""
-    return {
-        "object": "list",
-        "digest": manifest.digest,
-        "data": [
-            {"name": name, "object": "model.file", "bytes": entry.bytes, "sha256": entry.sha256}
-            for name, entry in sorted(manifest.files.items())
-        ],
-        "has_more": False,
-    }
+    has_more: Literal[False] = False
 
 
 class CreatePermissionsBody(Body):
@@ -103,20 +79,10 @@ class CreatePermissionsBody(Body):
     )
 
 
-class PermissionObject(TypedDict):
+class PermissionObject(Answer):
     """The permission of a project to call a model."""
 
     id: str
-    object: Literal["checkpoint.permission"]
-    created_at: int
-    project_id: str
-
-
-def permission_object(permission: CheckpointPermission) -> PermissionObject:
-    """Return a permission as clients see it."""
-    return {
-        "id": permission.id,
-        "object": "checkpoint.permission",
-        "created_at": int(permission.created_at.timestamp()),
-        "project_id": permission.grantee_project_id,
-    }
+    object: Literal["checkpoint.permission"] = "checkpoint.permission"
+    created_at: Timestamp
+    project_id: str = Field(validation_alias="grantee_project_id")

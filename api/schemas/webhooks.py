@@ -1,12 +1,11 @@
 """Webhook endpoints and their tests."""
 
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from typing_extensions import TypedDict
 
-from api.schemas.base import Body
-from db.tables import WebhookEndpoint
+from api.schemas.base import Absent, Answer, Body, Timestamp, absent_if_none
 from luthier.webhooks.signing import shown_hint
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -41,28 +40,30 @@ class TestEndpointBody(Body):
     event_type: str
 
 
-class EndpointObject(TypedDict):
+class EndpointObject(Answer):
     """A receiver of webhooks; `signing_secret` is only in the answers that made a secret."""
 
     id: str
-    object: Literal["webhook_endpoint"]
+    object: Literal["webhook_endpoint"] = "webhook_endpoint"
     name: str
     url: str
     event_types: list[str]
-    created_at: int
-    updated_at: int
-    signing_secret_hint: str | None
-    signing_secret: NotRequired[str]
+    created_at: Timestamp
+    updated_at: Timestamp
+    signing_secret_hint: Annotated[str | None, BeforeValidator(shown_hint)] = Field(
+        validation_alias="secret_hint"
+    )
+    signing_secret: str | Absent = absent_if_none()
 
 
-class EndpointTestObject(TypedDict):
-    """A receiver's answer to a test."""
+class EndpointTestObject(Answer):
+    """A receiver's answer to a test; `success` is what the SDK's type allows."""
 
-    object: Literal["webhook_endpoint.test"]
+    object: Literal["webhook_endpoint.test"] = "webhook_endpoint.test"
     webhook_endpoint_id: str
     event_type: str
     status_code: int
-    success: bool
+    success: bool = True
 
 
 class EventTypesPage(TypedDict):
@@ -70,20 +71,3 @@ class EventTypesPage(TypedDict):
 
     object: Literal["list"]
     data: list[str]
-
-
-def endpoint_object(endpoint: WebhookEndpoint, secret: str | None = None) -> EndpointObject:
-    """Return an endpoint as clients see it, with its secret in the answers that made one."""
-    body: EndpointObject = {
-        "id": endpoint.id,
-        "object": "webhook_endpoint",
-        "name": endpoint.name,
-        "url": endpoint.url,
-        "event_types": endpoint.event_types,
-        "created_at": int(endpoint.created_at.timestamp()),
-        "updated_at": int(endpoint.updated_at.timestamp()),
-        "signing_secret_hint": shown_hint(endpoint.secret_hint),
-    }
-    if secret is not None:
-        body["signing_secret"] = secret
-    return body

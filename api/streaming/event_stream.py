@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from sqlalchemy.orm import Session
 
 from api.deps import AppState, run_in_transaction
-from api.schemas.jobs import event_object
+from api.schemas.jobs import EventObject
 from db.tables import Job, JobEvent
 from luthier.core.errors import InvalidValueError, UnauthenticatedError, UnavailableError
 from luthier.core.states import JobStatus
@@ -43,7 +43,7 @@ async def _stream(state: AppState, principal: Principal, job_id: str, last_seq: 
                 yield f"event: error\ndata: {json.dumps(revoked.to_body())}\n\n".encode()
                 return
             for row in rows:
-                event = json.dumps(event_object(row), separators=(",", ":"))
+                event = json.dumps(EventObject.of(row).model_dump(), separators=(",", ":"))
                 yield f"id: {row.seq}\ndata: {event}\n\n".encode()
                 last_seq = row.seq
             if len(rows) == _BATCH:

@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from sqlalchemy import BigInteger, cast, func, insert, select
+from pydantic import BaseModel, Field
+from sqlalchemy import BigInteger, Row, cast, func, insert, select
 from sqlalchemy.orm import Session
 
 from db.tables import UsageEvent
@@ -16,6 +17,7 @@ from services.accounts.auth import Principal
 
 BucketWidth = Literal["1m", "1h", "1d"]
 GroupBy = Literal["project_id", "api_key_id", "model"]
+Names = Annotated[list[str], Field(max_length=100)]
 
 _WIDTH_SECONDS: dict[BucketWidth, int] = {"1m": 60, "1h": 3600, "1d": 86400}
 # Buckets of one page: by default and at most, as OpenAI has them.
@@ -25,7 +27,14 @@ _GROUP_COLUMNS = {
     "api_key_id": UsageEvent.created_by_key_id,
     "model": UsageEvent.model,
 }
+_SUMMED_COLUMNS = (
+    UsageEvent.num_requests,
+    UsageEvent.input_tokens,
+    UsageEvent.input_cached_tokens,
+    UsageEvent.output_tokens,
+)
 _PAGE_PREFIX = "page_"
+_MAX_TIME = 2**32
 
 
 @dataclass(frozen=True)
@@ -38,38 +47,32 @@ class UsageOwner:
     model: str
 
 
-@dataclass(frozen=True)
-class UsageQuery:
+class UsageQuery(BaseModel):
     """A query of usage. Times in Unix seconds; an empty filter matches everything."""
 
-    start_time: int
-    end_time: int | None
-    bucket_width: BucketWidth
-    limit: int | None
-    page: str | None
-    group_by: Sequence[GroupBy] = ()
-    project_ids: Sequence[str] = ()
-    api_key_ids: Sequence[str] = ()
-    models: Sequence[str] = ()
-
-
-@dataclass
-class UsageResult:
-    """The counts of one group; a member is None unless it was grouped by."""
-
-    counts: TokenCounts
-    project_id: str | None = None
-    api_key_id: str | None = None
-    model: str | None = None
+    start_time: int = Field(ge=0, le=_MAX_TIME)
+    end_time: int | None = Field(None, ge=0, le=_MAX_TIME)
+    bucket_width: BucketWidth = "1d"
+    limit: int | None = Field(None, ge=1)
+    page: str | None = None
+    # The SDKs send lists in brackets, curl's examples plainly.
+    group_by: list[GroupBy] = []
+    group_by_: list[GroupBy] = Field([], alias="group_by[]")
+    project_ids: Names = []
+    project_ids_: Names = Field([], alias="project_ids[]")
+    api_key_ids: Names = []
+    api_key_ids_: Names = Field([], alias="api_key_ids[]")
+    models: Names = []
+    models_: Names = Field([], alias="models[]")
 
 
 @dataclass
 class UsageBucket:
-    """The results of one interval of time, in Unix seconds."""
+    """The counts of one interval of time, in Unix seconds: a row for each group."""
 
     start_time: int
     end_time: int
-    results: list[UsageResult] = field(default_factory=list)
+    results: list[Row[Any]] = field(default_factory=list)
 
 
 def record(session: Session, counts: Mapping[UsageOwner, TokenCounts]) -> None:
@@ -110,8 +113,8 @@ def completions(
     if first >= stop:
         return [], None
     buckets = {at: UsageBucket(at, at + width) for at in range(first, stop, width)}
-    for at, result in _read(session, principal, query, max(first, start), stop, width):
-        buckets[at].results.append(result)
+    for row in _read(session, principal, query, max(first, start), stop, width):
+        buckets[row.bucket].results.append(row)
     next_page = f"{_PAGE_PREFIX}{stop}" if stop < end else None
     return list(buckets.values()), next_page
 
@@ -146,38 +149,29 @@ def _first_bucket(query: UsageQuery, start: int, width: int) -> int:
 
 def _read(
     session: Session, principal: Principal, query: UsageQuery, start: int, stop: int, width: int
-) -> list[tuple[int, UsageResult]]:
+) -> Sequence[Any]:
     seconds = cast(func.floor(func.extract("epoch", UsageEvent.created_at)), BigInteger)
     bucket = (seconds - seconds % width).label("bucket")
-    groups = list(dict.fromkeys(query.group_by))
-    columns = [_GROUP_COLUMNS[name] for name in groups]
-    sums = (
-        UsageEvent.num_requests,
-        UsageEvent.input_tokens,
-        UsageEvent.input_cached_tokens,
-        UsageEvent.output_tokens,
-    )
+    groups = [_GROUP_COLUMNS[name].label(name) for name in dict.fromkeys(query.group_by + query.group_by_)]
+    sums = [cast(func.sum(column), BigInteger).label(column.key) for column in _SUMMED_COLUMNS]
     statement = (
-        select(bucket, *(cast(func.sum(column), BigInteger) for column in sums), *columns)
+        select(bucket, *sums, *groups)
         .where(
             UsageEvent.organization_id == principal.organization_id,
             UsageEvent.kind == "inference",
             UsageEvent.created_at >= datetime.fromtimestamp(start, UTC),
             UsageEvent.created_at < datetime.fromtimestamp(stop, UTC),
         )
-        .group_by(bucket, *columns)
-        .order_by(bucket, *columns)
+        .group_by(bucket, *groups)
+        .order_by(bucket, *groups)
     )
     if not principal.is_admin:
         statement = statement.where(UsageEvent.project_id == principal.project_id)
     for column, allowed in (
-        (UsageEvent.project_id, query.project_ids),
-        (UsageEvent.created_by_key_id, query.api_key_ids),
-        (UsageEvent.model, query.models),
+        (UsageEvent.project_id, query.project_ids + query.project_ids_),
+        (UsageEvent.created_by_key_id, query.api_key_ids + query.api_key_ids_),
+        (UsageEvent.model, query.models + query.models_),
     ):
         if allowed:
             statement = statement.where(column.in_(allowed))
-    return [
-        (int(row[0]), UsageResult(TokenCounts(*row[1:5]), **dict(zip(groups, row[5:], strict=True))))
-        for row in session.execute(statement)
-    ]
+    return session.execute(statement).all()
