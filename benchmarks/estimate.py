@@ -149,7 +149,7 @@ def _measure(
 
 def _phases(found: Estimate) -> dict[str, float]:
     assert found.seconds is not None
-    return found.seconds.model_dump(exclude={"tokenize"})
+    return found.seconds.model_dump(exclude={"total"})
 
 
 def _estimate(

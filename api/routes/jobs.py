@@ -13,11 +13,11 @@ from api.deps import AppStateDep, DetachedPrincipalDep, PrincipalDep, SessionDep
 from api.job_estimate import estimate_in_thread
 from api.schemas.answers import EVENT_STREAM
 from api.schemas.base import ListPage, list_object
-from api.schemas.estimates import JobEstimate, estimate_object
 from api.schemas.jobs import (
     CheckpointObject,
     CreateJobBody,
     EventObject,
+    JobEstimate,
     JobObject,
     JobReport,
     report_object,
@@ -76,7 +76,8 @@ async def estimate_job(
 ) -> JobEstimate:
     """Estimate what a job would take, from the body of a create; no job is made and nothing is stored."""
     found = await estimate_in_thread(state, principal, body.to_new_job())
-    return estimate_object(found, body.training_file, body.validation_file)
+    files = {"training_file": body.training_file, "validation_file": body.validation_file}
+    return JobEstimate(**dict(found), **files)
 
 
 def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:

@@ -12,6 +12,7 @@ from luthier.core.errors import InvalidValueError, UnsupportedValueError
 from luthier.core.events import RunReport
 from luthier.core.specs import Auto, DpoOptions, Hyperparameters, TrainingOptions, TrainingSpec
 from luthier.methods._tuning import MAX_BETA
+from services.capacity.estimates import Estimate
 from services.jobs.jobs import NewJob
 from services.jobs.reports import PrepareReport
 
@@ -248,6 +249,14 @@ class CheckpointObject(Answer):
         measured = {name: value for name, value in whole.items() if value is not None}
         metrics = measured | checkpoint.metrics
         return cls.of(checkpoint, fine_tuned_model_checkpoint=model_name, metrics=metrics)
+
+
+class JobEstimate(Estimate):
+    """Answer of POST /v1/fine_tuning/jobs/estimate. Tokens are of one epoch, `trained_tokens` of all."""
+
+    object: str = "fine_tuning.job.estimate"
+    training_file: str
+    validation_file: str | None
 
 
 class JobReport(BaseModel):

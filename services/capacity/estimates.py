@@ -4,8 +4,11 @@ Seconds come from finished jobs on the base, or, before the first, from the meas
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from luthier.core.cost_model import (
     NUMBER_BYTES,
@@ -19,7 +22,16 @@ from luthier.core.cost_model import (
 )
 from luthier.core.events import PhaseSeconds
 from luthier.core.shapes import BaseShape
-from luthier.core.specs import MIN_TRAINING_ROWS, BaseFacts, Precision, TrainingSpec
+from luthier.core.specs import (
+    MIN_TRAINING_ROWS,
+    Auto,
+    BaseFacts,
+    Frozen,
+    Hyperparameters,
+    Precision,
+    TrainingOptions,
+    TrainingSpec,
+)
 from luthier.data.prepare.row_counts import RowCounts
 from luthier.methods import Method
 from luthier.methods._tuning import parse_tuning, resolve_spec
@@ -38,33 +50,63 @@ class Grounds:
     finished: Sequence[FinishedJob] = ()
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What a job would take. Tokens are of one epoch unless their name says otherwise; rows are of the file.
+class EstimateRows(Frozen):
+    """Rows of the training file; of a sample all but `total` and `counted` are shares of the whole."""
+
+    total: int
+    counted: int = Field(description="Rows whose tokens were counted one by one.")
+    is_sampled: bool
+    train: int
+    validation: int
+    too_long: int = Field(description="Longer than training.max_length.")
+    faulty: int = Field(description="Refused by the base's template, or without a supervised token.")
+
+
+class EstimateSeconds(Frozen):
+    """Seconds of the training process by phase."""
+
+    total: float
+    load: float
+    train: float
+    evaluate: float
+    save: float
+
+
+class EstimateBasis(Frozen):
+    """What seconds and memory are computed from."""
+
+    device: str
+    precision: str
+    num_threads: int
+    finished_jobs: int = Field(
+        description="Finished jobs on this base and device; 0: only the device was measured."
+    )
+
+
+class Estimate(Frozen):
+    """What a job would take. Tokens are of one epoch, `trained_tokens` of all.
 
     A row of preferences has the tokens of both its conversations, the prompt's twice.
-
-    `seconds` and `peak_memory_bytes` are None where no device is known, and `reason` says so.
     """
 
-    spec: TrainingSpec
-    num_rows: int
-    num_counted: int
-    num_train_rows: int
-    num_validation_rows: int
-    num_too_long: int
-    num_faulty: int
-    num_tokens: int
-    num_supervised_tokens: int
-    num_trained_tokens: int
-    num_steps: int
+    spec: TrainingSpec = Field(exclude=True)
+    model: str
+    rows: EstimateRows
+    tokens: int
+    supervised_tokens: int
+    trained_tokens: int
+    steps: int
+    hyperparameters: Hyperparameters
+    beta: float | Auto | None = Field(description="Of method dpo; null otherwise.")
+    tuning: dict[str, Any]
+    training: TrainingOptions
     num_trained_parameters: int
     artifact_bytes: int | None
-    seconds: PhaseSeconds | None
+    seconds: EstimateSeconds | None
     peak_memory_bytes: int | None
-    grounds: Grounds | None
-    reason: str | None
-    warnings: list[str] = field(default_factory=list)
+    basis: EstimateBasis | None
+    reason: str | None = Field(description="Why seconds and memory are null.")
+    warnings: list[str]
 
 
 @dataclass(frozen=True)
@@ -147,23 +189,47 @@ def estimate(
         ).peak_bytes
     return Estimate(
         spec=resolved,
-        num_rows=training.num_rows,
-        num_counted=training.num_read,
-        num_train_rows=num_train_rows,
-        num_validation_rows=validation.num_kept if validation else num_held_back,
-        num_too_long=round(training.num_too_long * training.scale),
-        num_faulty=round(training.num_faulty * training.scale),
-        num_tokens=num_tokens,
-        num_supervised_tokens=num_supervised,
-        num_trained_tokens=num_tokens * epochs,
-        num_steps=num_steps,
+        model=resolved.base_id,
+        rows=EstimateRows(
+            total=training.num_rows,
+            counted=training.num_read,
+            is_sampled=training.num_read < training.num_rows,
+            train=num_train_rows,
+            validation=validation.num_kept if validation else num_held_back,
+            too_long=round(training.num_too_long * training.scale),
+            faulty=round(training.num_faulty * training.scale),
+        ),
+        tokens=num_tokens,
+        supervised_tokens=num_supervised,
+        trained_tokens=num_tokens * epochs,
+        steps=num_steps,
+        hyperparameters=resolved.hyperparameters,
+        beta=None if resolved.dpo is None else resolved.dpo.beta,
+        tuning=resolved.tuning,
+        training=resolved.training,
         num_trained_parameters=cost.num_parameters,
         artifact_bytes=artifact_bytes,
-        seconds=seconds,
+        seconds=None if seconds is None else _in_phases(seconds),
         peak_memory_bytes=peak,
-        grounds=grounds if seconds else None,
+        basis=_basis(grounds) if grounds and seconds else None,
         reason=None if seconds else _reason(grounds, num_train_rows),
         warnings=_warnings(spec.training.max_length, resolved, training, num_train_rows, cost, base),
+    )
+
+
+def _in_phases(seconds: PhaseSeconds) -> EstimateSeconds:
+    phases = seconds.model_dump(exclude={"tokenize"})
+    rounded = {name: round(value, 2) for name, value in phases.items()}
+    return EstimateSeconds(total=round(sum(phases.values()), 2), **rounded)
+
+
+def _basis(grounds: Grounds) -> EstimateBasis:
+    device = grounds.device
+    return EstimateBasis(
+        device=device.device,
+        precision=device.precision,
+        num_threads=device.num_threads,
+        finished_jobs=len(grounds.finished),
     )
 
 
