@@ -57,6 +57,11 @@ class Owned:
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     deleted_at: Mapped[datetime | None]
 
+    def owner_columns(self) -> dict[str, str | None]:
+        """Return the columns of a new row that belongs to the same project."""
+        names = ("organization_id", "project_id", "created_by_key_id")
+        return {name: getattr(self, name) for name in names}
+
 
 class Organization(Table):
     """Owner of projects; its slug is part of every tuned model's name."""

@@ -13,8 +13,8 @@ class Principal:
     key_id: str | None
     is_admin: bool = False
 
-    def columns(self) -> dict[str, str | None]:
-        """Return the owner's columns of a new row."""
+    def owner_columns(self) -> dict[str, str | None]:
+        """Return the columns of a new row that say to whom it belongs."""
         return {
             "organization_id": self.organization_id,
             "project_id": self.project_id,

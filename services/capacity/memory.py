@@ -160,7 +160,6 @@ def grant(session: Session, device: Device, job: Job, num_bytes: int, lease_seco
             expires_at=func.now() + timedelta(seconds=lease_seconds),
         )
     )
-    session.flush()
 
 
 def renew(session: Session, job_id: str, fencing_token: int, lease_seconds: float) -> None:

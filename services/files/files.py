@@ -44,23 +44,9 @@ class StoredFile:
         return columns
 
 
-def record(session: Session, principal: Principal, stored: StoredFile) -> File:
-    """Make a file exist for its project."""
-    row = File(**principal.columns(), **stored.columns())
-    session.add(row)
-    session.flush()
-    session.refresh(row)
-    return row
-
-
-def record_result(session: Session, job: Job, stored: StoredFile) -> File:
-    """Make the file of a job's results exist in the job's project; the caller names it in the job's row."""
-    row = File(
-        organization_id=job.organization_id,
-        project_id=job.project_id,
-        created_by_key_id=job.created_by_key_id,
-        **stored.columns(),
-    )
+def record(session: Session, owner: Principal | Job, stored: StoredFile) -> File:
+    """Make a file exist for its project, or as a job's result, which the caller names in the job's row."""
+    row = File(**owner.owner_columns(), **stored.columns())
     session.add(row)
     session.flush()
     return row

@@ -62,14 +62,13 @@ def create(session: Session, principal: Principal, new: NewUpload) -> Upload:
     """Make an upload that waits for its parts for an hour."""
     row = Upload(
         id=new_id("upload"),
-        **principal.columns(),
+        **principal.owner_columns(),
         **vars(new),
         status=UploadStatus.PENDING.value,
         expires_at=func.now() + LIFETIME,
     )
     session.add(row)
     session.flush()
-    session.refresh(row)
     return row
 
 
@@ -89,7 +88,6 @@ def get(session: Session, principal: Principal, upload_id: str) -> Upload:
         raise NotFoundError(f"No such Upload object: {upload_id[:64]}", param="id")
     if session.scalar(select(_has_lapsed()).where(Upload.id == upload_id)):
         row.status, row.ended_at = UploadStatus.EXPIRED.value, func.now()
-        session.flush()
     return row
 
 
@@ -136,10 +134,9 @@ def record_part(session: Session, principal: Principal, upload_id: str, stored: 
         )
     if num_parts >= MAX_PARTS:
         raise InvalidValueError(f"data: an upload has at most {MAX_PARTS} parts.", param="data")
-    row = UploadPart(**principal.columns(), upload_id=upload_id, **vars(stored))
+    row = UploadPart(**principal.owner_columns(), upload_id=upload_id, **vars(stored))
     session.add(row)
     session.flush()
-    session.refresh(row)
     return row
 
 
@@ -148,7 +145,6 @@ def cancel(session: Session, principal: Principal, upload_id: str) -> tuple[Uplo
     row = get(session, principal, upload_id)
     check_pending(row)
     row.status, row.ended_at = UploadStatus.CANCELLED.value, func.now()
-    session.flush()
     keys = session.scalars(select(UploadPart.storage_key).where(UploadPart.upload_id == upload_id)).all()
     return row, list(keys)
 
@@ -195,8 +191,6 @@ def start_completing(
     }
     _check_parts(row, part_ids, found)
     row.busy_until = func.now() + _MAX_COMPLETING
-    session.flush()
-    session.refresh(row)
     return Assembly(row, tuple(found[part_id] for part_id in part_ids), is_done=False, file=None)
 
 
@@ -252,5 +246,4 @@ def finish_completing(
     file = files.record(session, principal, stored)
     row.status, row.ended_at = UploadStatus.COMPLETED.value, func.now()
     row.part_ids, row.md5, row.file_id = list(part_ids), md5, file.id
-    session.flush()
     return row, file

@@ -95,7 +95,7 @@ def remember(
     session.add(
         IdempotencyKey(
             id=new_id("request"),
-            **principal.columns(),
+            **principal.owner_columns(),
             route=request.route,
             key=request.key,
             body_sha256=request.body_sha256,
@@ -105,4 +105,3 @@ def remember(
             created_at=func.clock_timestamp(),
         )
     )
-    session.flush()

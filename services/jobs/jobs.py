@@ -206,7 +206,7 @@ def create(
     training_file = checked.training_file
     job = Job(
         id=new_id("job"),
-        **principal.columns(),
+        **principal.owner_columns(),
         status=JobStatus.VALIDATING_FILES.value,
         model=request.model,
         base_id=checked.spec.base_id,
@@ -230,7 +230,6 @@ def create(
         [NewEvent(f"Created fine-tuning job: {job.id}", data={}), NewEvent(validating, data={})],
     )
     notify_after_commit(session, notify, job.id)
-    session.refresh(job)
     return job
 
 
@@ -319,7 +318,6 @@ def cancel(session: Session, principal: Principal, job_id: str) -> Job:
     session.flush()
     deliveries.enqueue(session, job.id, JobStatus.CANCELLED)
     events.append(session, job.id, [NewEvent("The job was cancelled", data={})])
-    session.refresh(job)
     return job
 
 

@@ -64,7 +64,6 @@ def resume(session: Session, principal: Principal, notify: Notify, job_id: str) 
 def _changed(session: Session, job: Job, message: str) -> Job:
     session.flush()
     events.append(session, job.id, [NewEvent(message, data={})])
-    session.refresh(job)
     return job
 
 

@@ -175,7 +175,7 @@ def point(
     # forerunner's.
     now = func.clock_timestamp()
     if alias is None:
-        alias = Alias(id=new_id("alias"), **principal.columns(), name=name, version=0)
+        alias = Alias(id=new_id("alias"), **principal.owner_columns(), name=name, version=0)
         session.add(alias)
     alias.model_id, alias.base_id = target.model_id, target.base_id
     alias.version += 1
@@ -184,7 +184,7 @@ def point(
     session.add(
         AliasVersion(
             id=new_id("alias_version"),
-            **principal.columns(),
+            **principal.owner_columns(),
             alias_id=alias.id,
             number=alias.version,
             model_id=target.model_id,
@@ -263,7 +263,6 @@ def delete(session: Session, principal: Principal, name: str) -> Alias:
     """Make an alias unknown; what it points to stays."""
     alias = get_row(session, principal, name, for_update=True)
     alias.deleted_at = func.now()
-    session.flush()
     return alias
 
 

@@ -87,7 +87,6 @@ def _set_pinned(
     if (model.pinned_at is not None) is not is_pinned:
         model.pinned_at = func.now() if is_pinned else None
         session.flush()
-        session.refresh(model)
     return model
 
 
@@ -140,11 +139,7 @@ def register(
             checkpoint.metrics = metrics
             session.flush()
             return checkpoint
-    owner = {
-        "organization_id": job.organization_id,
-        "project_id": job.project_id,
-        "created_by_key_id": job.created_by_key_id,
-    }
+    owner = job.owner_columns()
     model = Model(
         id=new_id("model"),
         **owner,
@@ -203,7 +198,6 @@ def delete(session: Session, principal: Principal, catalogue: Catalogue, name: s
     if checkpoint is not None:
         checkpoint.deleted_at = func.now()
     end_permissions(session, [model.id])
-    session.flush()
     return model
 
 
@@ -248,5 +242,4 @@ def retire_checkpoints(session: Session, job_id: str, *, keep: int, spared_step:
         model.deleted_at = func.now()
         prefixes.append(model.artifact_key)
     end_permissions(session, [model.id for _, model in rows if model.id not in needed])
-    session.flush()
     return prefixes

@@ -64,11 +64,10 @@ def _grant(session: Session, principal: Principal, model: Model, project_id: str
     if there is not None:
         return there
     permission = CheckpointPermission(
-        id=new_id("permission"), **principal.columns(), model_id=model.id, grantee_project_id=project_id
+        id=new_id("permission"), **principal.owner_columns(), model_id=model.id, grantee_project_id=project_id
     )
     session.add(permission)
     session.flush()
-    session.refresh(permission)
     return permission
 
 
@@ -104,4 +103,3 @@ def delete(session: Session, principal: Principal, model_name: str, permission_i
     if permission is None or permission.model_id != model.id:
         raise NotFoundError(f"No such permission: {permission_id[:64]}", param="permission_id")
     permission.deleted_at = func.now()
-    session.flush()

@@ -105,7 +105,6 @@ def claim_due(
         secrets, error = _find_secrets(endpoint, sealer, now)
         message = Message(delivery.id, endpoint.url, body, secrets)
         claimed.append(ClaimedDelivery(delivery.id, delivery.num_tries, message, error))
-    session.flush()
     return claimed
 
 
@@ -150,4 +149,3 @@ def record(session: Session, claimed: ClaimedDelivery, outcome: Outcome, *, chan
         delivery.finished_at, delivery.outcome = now, "given_up"
     else:
         delivery.next_try_at = again_at
-    session.flush()

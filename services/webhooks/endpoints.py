@@ -72,7 +72,7 @@ def create(
     secret = new_secret()
     endpoint = WebhookEndpoint(
         id=new_id("webhook_endpoint"),
-        **principal.columns(),
+        **principal.owner_columns(),
         name=name,
         url=url,
         event_types=types,
@@ -81,7 +81,6 @@ def create(
     )
     session.add(endpoint)
     session.flush()
-    session.refresh(endpoint)
     return endpoint, secret
 
 
@@ -125,7 +124,6 @@ def change(
             setattr(endpoint, name, value)
         endpoint.updated_at = func.now()
         session.flush()
-        session.refresh(endpoint)
     return endpoint
 
 
@@ -147,7 +145,6 @@ def rotate_secret(
     endpoint.secret, endpoint.secret_hint = sealer.seal(secret), secret_hint(secret)
     endpoint.updated_at = func.now()
     session.flush()
-    session.refresh(endpoint)
     return endpoint, secret
 
 
@@ -161,7 +158,6 @@ def delete(session: Session, principal: Principal, endpoint_id: str) -> None:
         .where(WebhookDelivery.endpoint_id == endpoint.id, WebhookDelivery.finished_at.is_(None))
         .values(finished_at=func.now(), outcome="endpoint_deleted")
     )
-    session.flush()
 
 
 def active_secrets(endpoint: WebhookEndpoint, sealer: Sealer, now: datetime) -> tuple[str, ...]:
@@ -205,7 +201,6 @@ def reseal(session: Session, sealer: Sealer) -> int:
                 f"{error.message} Endpoint: {endpoint.id}. If that key is lost: UPDATE webhook_endpoints SET "
                 "secret = '', old_secret = NULL; then every project rotates its endpoints' secrets."
             ) from error
-    session.flush()
     return num_changed
 
 

@@ -156,7 +156,7 @@ def test_a_result_file_is_found_by_id_and_purpose_and_is_plain_csv(
     api.state.storage.put_bytes("r", content)
     with api.state.database.transaction() as session:
         job = session.get_one(Job, job_id)
-        job.result_file_id = files.record_result(session, job, stored).id
+        job.result_file_id = files.record(session, job, stored).id
     [result_id] = client.fine_tuning.jobs.retrieve(job_id).result_files
     assert client.files.retrieve(result_id).purpose == "fine-tune-results"
     assert [file.id for file in client.files.list(purpose="fine-tune-results")] == [result_id]

@@ -240,7 +240,7 @@ class Publisher:
         retired = models.retire_checkpoints(session, job.id, keep=_NUM_CHECKPOINTS, spared_step=event.step)
         self._count_usage(session, job, event.trained_tokens)
         self._append_result_events(session, event, is_new=not is_same)
-        result_file = files.record_result(session, job, table)
+        result_file = files.record(session, job, table)
         leases.leave(
             session,
             self.lease,
