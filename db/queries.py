@@ -3,42 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, ScalarSelect, Select, delete, select, text, tuple_
+from sqlalchemy import ColumnElement, delete, select, text, tuple_
 from sqlalchemy.orm import Session
 
-from db.tables import (
-    Alias,
-    AliasVersion,
-    ApiKey,
-    Checkpoint,
-    CheckpointPermission,
-    File,
-    IdempotencyKey,
-    Job,
-    JobEvent,
-    Model,
-    Upload,
-    UsageEvent,
-    WebhookEndpoint,
-)
+from db.tables import Alias, Owned
 from luthier.core.errors import InvalidValueError
 
-OwnedRow = TypeVar(
-    "OwnedRow",
-    Alias,
-    AliasVersion,
-    ApiKey,
-    Checkpoint,
-    CheckpointPermission,
-    File,
-    IdempotencyKey,
-    Job,
-    JobEvent,
-    Model,
-    Upload,
-    UsageEvent,
-    WebhookEndpoint,
-)
+OwnedRow = TypeVar("OwnedRow", bound=Owned)
 
 
 def find_owned(
@@ -84,28 +55,38 @@ def find_alias(
 
 def page(
     session: Session,
-    statement: Select[Any],
     table: type[OwnedRow],
-    *,
-    after: OwnedRow | ScalarSelect[Any] | None,
+    is_listed: ColumnElement[bool],
+    *filters: ColumnElement[bool],
+    after: str | None,
     limit: int,
     is_ascending: bool = False,
-) -> tuple[Sequence[Any], bool]:
-    """Read one page by keyset over (created_at, id), which stays right while rows are inserted.
+) -> tuple[Sequence[OwnedRow], bool]:
+    """Read one page of undeleted rows by keyset over (created_at, id), which stays right during inserts.
 
     Args:
-        after: the row that ended the page before, or what selects its two columns (and no row, so an empty
-            page, when it is not there), or None.
+        is_listed: which rows the list has, of which the filters leave some.
+        after: the id of the row that ended the page before, deleted or not; None for the first page.
         limit: rows of the page; 0 gives an empty page.
+
+    Returns:
+        The rows, and whether more follow.
+
+    Raises:
+        InvalidValueError: when the list has no row `after`.
     """
     columns = (table.created_at, table.id)
+    statement = select(table).where(is_listed, table.deleted_at.is_(None), *filters)
     if after is not None:
-        # One comparison of rows, not an OR of two: only that one lets the index begin at the cursor.
+        # Looked up in the statement itself: a page, however deep, is one question. And one comparison of
+        # rows, not an OR of two: only that one lets the index begin at the cursor.
+        place = select(*columns).where(table.id == after, is_listed).correlate(None).scalar_subquery()
         position = tuple_(*columns)
-        cursor: Any = after if isinstance(after, ScalarSelect) else (after.created_at, after.id)
-        statement = statement.where(position > cursor if is_ascending else position < cursor)
+        statement = statement.where(position > place if is_ascending else position < place)
     order = [column.asc() if is_ascending else column.desc() for column in columns]
     rows = session.scalars(statement.order_by(*order).limit(limit + 1)).all()
+    if not rows:
+        find_cursor(session, table, after, is_listed)
     return rows[:limit], len(rows) > limit
 
 

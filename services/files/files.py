@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from db.queries import find_cursor, find_owned, page
+from db.queries import find_owned, page
 from db.tables import File, Job
 from luthier.core.errors import FileInUseError, NotFoundError
 from luthier.core.states import TERMINAL_STATUSES
@@ -88,13 +88,9 @@ def list_(
     purpose: str | None,
 ) -> tuple[Sequence[File], bool]:
     """Return a page of the project's files, and whether more follow."""
-    statement = select(File).where(
-        File.project_id == principal.project_id, File.deleted_at.is_(None), is_unexpired()
-    )
-    if purpose is not None:
-        statement = statement.where(File.purpose == purpose)
-    cursor = find_cursor(session, File, after, File.project_id == principal.project_id)
-    return page(session, statement, File, after=cursor, limit=limit, is_ascending=is_ascending)
+    is_listed = File.project_id == principal.project_id
+    filters = [is_unexpired(), *([] if purpose is None else [File.purpose == purpose])]
+    return page(session, File, is_listed, *filters, after=after, limit=limit, is_ascending=is_ascending)
 
 
 def delete(session: Session, principal: Principal, file_id: str) -> File:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 from sqlalchemy import Select, func, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from db.queries import find_cursor, find_owned, page
 from db.tables import Base, Checkpoint, File, Job, JobEvent, Model, Worker
@@ -253,22 +253,11 @@ def list_(
     has_no_metadata: bool = False,
 ) -> tuple[Sequence[Job], bool]:
     """Return a page of the project's jobs, newest first, and whether more follow."""
-    statement = select(Job).where(Job.project_id == principal.project_id, Job.deleted_at.is_(None))
-    if metadata:
-        statement = statement.where(Job.user_metadata.contains(metadata))
+    filters = [Job.user_metadata.contains(metadata)] if metadata else []
     if has_no_metadata:
-        statement = statement.where(Job.user_metadata.is_(None))
-    cursor = aliased(Job)
-    place = select(cursor.created_at, cursor.id).where(
-        cursor.id == after, cursor.project_id == principal.project_id
-    )
-    # The cursor is looked up in the statement itself: a page, however deep, is one question.
-    found, has_more = page(
-        session, statement, Job, after=None if after is None else place.scalar_subquery(), limit=limit
-    )
-    if not found:
-        find_cursor(session, Job, after, Job.project_id == principal.project_id)
-    return found, has_more
+        filters.append(Job.user_metadata.is_(None))
+    is_listed = Job.project_id == principal.project_id
+    return page(session, Job, is_listed, *filters, after=after, limit=limit)
 
 
 def list_events(

@@ -253,9 +253,8 @@ def list_(
     session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[list[Pointing], bool]:
     """Return a page of the project's aliases, newest first, and whether more follow."""
-    cursor = find_cursor(session, Alias, after, Alias.project_id == principal.project_id)
-    statement = select(Alias).where(Alias.project_id == principal.project_id, Alias.deleted_at.is_(None))
-    rows, has_more = page(session, statement, Alias, after=cursor, limit=limit)
+    is_listed = Alias.project_id == principal.project_id
+    rows, has_more = page(session, Alias, is_listed, after=after, limit=limit)
     return _with_targets(session, rows), has_more
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from db.queries import find_cursor, find_owned, page
+from db.queries import find_owned, page
 from db.tables import CheckpointPermission, Model, Project
 from luthier.core.errors import InvalidValueError, NotFoundError
 from luthier.core.ids import new_id
@@ -83,14 +83,16 @@ def list_(
 ) -> tuple[Sequence[CheckpointPermission], bool]:
     """Return a page of a model's permissions, and whether more follow."""
     model = _get_model(session, principal, model_name)
-    statement = select(CheckpointPermission).where(
-        CheckpointPermission.model_id == model.id, CheckpointPermission.deleted_at.is_(None)
-    )
-    if project_id is not None:
-        statement = statement.where(CheckpointPermission.grantee_project_id == project_id)
-    cursor = find_cursor(session, CheckpointPermission, after, CheckpointPermission.model_id == model.id)
+    is_listed = CheckpointPermission.model_id == model.id
+    filters = [] if project_id is None else [CheckpointPermission.grantee_project_id == project_id]
     return page(
-        session, statement, CheckpointPermission, after=cursor, limit=limit, is_ascending=is_ascending
+        session,
+        CheckpointPermission,
+        is_listed,
+        *filters,
+        after=after,
+        limit=limit,
+        is_ascending=is_ascending,
     )
 
 

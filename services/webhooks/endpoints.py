@@ -8,7 +8,7 @@ import structlog
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
 
-from db.queries import find_cursor, find_owned, lock_key, page
+from db.queries import find_owned, lock_key, page
 from db.tables import WebhookDelivery, WebhookEndpoint
 from luthier.core.errors import InvalidRequestError, InvalidValueError, NotFoundError, SecretKeyError
 from luthier.core.ids import new_id
@@ -98,11 +98,8 @@ def list_(
     session: Session, principal: Principal, *, after: str | None, limit: int
 ) -> tuple[Sequence[WebhookEndpoint], bool]:
     """Return a page of the project's endpoints, newest first, and whether more follow."""
-    cursor = find_cursor(session, WebhookEndpoint, after, WebhookEndpoint.project_id == principal.project_id)
-    statement = select(WebhookEndpoint).where(
-        WebhookEndpoint.project_id == principal.project_id, WebhookEndpoint.deleted_at.is_(None)
-    )
-    return page(session, statement, WebhookEndpoint, after=cursor, limit=limit)
+    is_listed = WebhookEndpoint.project_id == principal.project_id
+    return page(session, WebhookEndpoint, is_listed, after=after, limit=limit)
 
 
 def change(
