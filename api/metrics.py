@@ -4,16 +4,14 @@ At each scrape the database's jobs and workers are read, too.
 """
 
 import asyncio
-from collections.abc import Iterable
+from functools import partial
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from starlette.concurrency import run_in_threadpool
 
 from db.session import Database
-from luthier.core.errors import LuthierError, UnavailableError
+from luthier.core.errors import UnavailableError
 from luthier.core.inference import TokenCounts
 from services.accounts import usage
 from services.accounts.usage import UsageOwner
@@ -46,7 +44,8 @@ class ApiMetrics:
             "luthier_tokens", "Tokens of answered requests.", ["kind"], registry=self.registry
         )
         ProcessCollector(registry=self.registry)
-        self.registry.register(_QueueCollector(database, lease_seconds))
+        read = partial(metrics.read_queue, lease_seconds=lease_seconds)
+        self.registry.register(metrics.DatabaseCollector(database, read))
 
     def observe_request(self, method: str, route: str | None, status: int, seconds: float) -> None:
         """Count a finished request; `route` is its template, or None without a route."""
@@ -57,42 +56,6 @@ class ApiMetrics:
         self._tokens.labels("input").inc(counts.input_tokens)
         self._tokens.labels("input_cached").inc(counts.input_cached_tokens)
         self._tokens.labels("output").inc(counts.output_tokens)
-
-
-class _QueueCollector(Collector):
-    def __init__(self, database: Database, lease_seconds: float) -> None:
-        self._database = database
-        self._lease_seconds = lease_seconds
-
-    def collect(self) -> Iterable[Metric]:
-        """Read the database; where it does not answer, the other metrics are still served."""
-        try:
-            with self._database.transaction() as session:
-                found = metrics.read_queue(session, lease_seconds=self._lease_seconds)
-        except LuthierError:
-            yield GaugeMetricFamily("luthier_database_up", "Whether the database answers.", value=0)
-            return
-        yield GaugeMetricFamily("luthier_database_up", "Whether the database answers.", value=1)
-        jobs = GaugeMetricFamily("luthier_jobs", "Jobs that are to be worked on.", labels=["state"])
-        for state, number in found.num_jobs.items():
-            jobs.add_metric([state], number)
-        yield jobs
-        for name, meaning, value in (
-            (
-                "queue_wait_seconds",
-                "Age of the oldest queued job.",
-                found.oldest_queued_seconds,
-            ),
-            ("lease_age_seconds", "Since the oldest lease was renewed.", found.oldest_lease_seconds),
-            ("workers", "Workers that live.", found.num_workers),
-            ("training_slots", "Jobs that they train at the same time.", found.num_slots),
-            ("training_slots_free", "Slots without a job.", found.num_free_slots),
-        ):
-            yield GaugeMetricFamily(f"luthier_{name}", meaning, value=value)
-
-    def describe(self) -> Iterable[Metric]:
-        """Return nothing, so that registration does not query the database."""
-        return ()
 
 
 class UsageRecorder:
