@@ -35,15 +35,7 @@ def ensure_first_rows(session: Session, settings: Settings) -> None:
             raise LuthierError("LUTHIER_BOOTSTRAP_API_KEY is no key of the form lt_…; leave it unset.")
         known = session.scalar(select(ApiKey.id).where(ApiKey.key_hash == hash_api_key(key)))
         if known is None:
-            keys.insert_key(
-                session,
-                key,
-                organization_id=organization.id,
-                project_id=project.id,
-                name="first key",
-                is_admin=True,
-                created_by_key_id=None,
-            )
+            keys.insert_key(session, project, key, name="first key", is_admin=True)
     for base_id in load_catalogue(settings.models_file).bases:
         facts = find_base_facts(settings.bases_dir, base_id)
         if facts is not None:

@@ -40,7 +40,7 @@ def list_alias_versions(
 ) -> ListPage[AliasVersionObject]:
     """List what an alias has pointed to, newest first."""
     rows, has_more = aliases.list_versions(session, principal, name, after=after, limit=limit)
-    data = [AliasVersionObject.of(row.version, model=row.model) for row in rows]
+    data = [AliasVersionObject.of(version, model=model) for version, model in rows]
     return list_object(data, has_more=has_more, with_ids=True)
 
 

@@ -87,34 +87,19 @@ def create(
     else:
         project = ensure_project(session, principal.organization_id, project_name)
     key = new_api_key()
-    row = insert_key(
-        session,
-        key,
-        organization_id=principal.organization_id,
-        project_id=project.id,
-        name=name,
-        is_admin=is_admin,
-        created_by_key_id=principal.key_id,
-    )
+    row = insert_key(session, project, key, name=name, is_admin=is_admin, maker_id=principal.key_id)
     return row, project.name, key
 
 
 def insert_key(
-    session: Session,
-    key: str,
-    *,
-    organization_id: str,
-    project_id: str,
-    name: str,
-    is_admin: bool,
-    created_by_key_id: str | None,
+    session: Session, project: Project, key: str, *, name: str, is_admin: bool, maker_id: str | None = None
 ) -> ApiKey:
-    """Store the hash of a key."""
+    """Store the hash of a key that opens a project, made by the key with the id `maker_id`."""
     row = ApiKey(
         id=new_id("api_key"),
-        organization_id=organization_id,
-        project_id=project_id,
-        created_by_key_id=created_by_key_id,
+        organization_id=project.organization_id,
+        project_id=project.id,
+        created_by_key_id=maker_id,
         name=name,
         prefix=key_prefix(key),
         key_hash=hash_api_key(key),

@@ -265,18 +265,10 @@ def delete(session: Session, principal: Principal, name: str) -> Alias:
     return alias
 
 
-@dataclass(frozen=True)
-class PastPointing:
-    """A version of an alias, and the name of what it points to."""
-
-    version: AliasVersion
-    model: str
-
-
 def list_versions(
     session: Session, principal: Principal, name: str, *, after: str | None, limit: int
-) -> tuple[list[PastPointing], bool]:
-    """Return a page of what an alias has pointed to, newest first, and whether more follow."""
+) -> tuple[list[tuple[AliasVersion, str]], bool]:
+    """Return a page of versions with their models' names, newest first, and whether more follow."""
     alias = get_row(session, principal, name)
     cursor = find_cursor(session, AliasVersion, after, AliasVersion.alias_id == alias.id)
     statement = (
@@ -288,7 +280,7 @@ def list_versions(
     if cursor is not None:
         statement = statement.where(AliasVersion.number < cursor.number)
     rows = session.execute(statement.order_by(AliasVersion.number.desc()).limit(limit + 1)).all()
-    return [PastPointing(*row) for row in rows[:limit]], len(rows) > limit
+    return [(row[0], row[1]) for row in rows[:limit]], len(rows) > limit
 
 
 @dataclass(frozen=True)
