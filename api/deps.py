@@ -112,7 +112,6 @@ async def limit_database_requests(state: AppStateDep) -> AsyncIterator[None]:
 def get_session(
     state: AppStateDep, _limit: Annotated[None, Depends(limit_database_requests, scope="function")]
 ) -> Iterator[Session]:
-    """Open the request's one transaction."""
     with state.database.transaction() as session:
         yield session
 

@@ -163,7 +163,6 @@ async def _on_unexpected(request: Request, error: Exception) -> JSONResponse:
 
 
 def install(app: FastAPI) -> None:
-    """Install the exception handlers."""
     app.add_exception_handler(LuthierError, _on_luthier_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

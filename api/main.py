@@ -91,7 +91,6 @@ def _lifespan(state: AppState) -> Callable[[FastAPI], AbstractAsyncContextManage
 
 
 def create_app(state: AppState) -> FastAPI:
-    """Return the application over a state."""
     app = FastAPI(
         title="Luthier",
         description="Fine-tuning jobs as an API, in OpenAI's shapes.",

@@ -67,7 +67,6 @@ class UsageRecorder:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Start storing."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:

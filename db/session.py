@@ -80,12 +80,7 @@ class Database:
         with _named_unavailable(), self._sessions.begin() as session:
             yield session
 
-    def forget_connections(self) -> None:
-        """Drop the pool without closing it: for a process just forked, whose sockets are its parent's."""
-        self.engine.dispose(close=False)
-
     def close(self) -> None:
-        """Close every pooled connection."""
         self.engine.dispose()
 
 

@@ -92,12 +92,9 @@ async def _assemble(
         id=file_id,
         filename=upload.filename,
         purpose=upload.purpose,
-        num_bytes=facts.num_bytes,
-        num_rows=facts.num_rows,
-        sha256=facts.sha256,
         storage_key=storage_key,
-        row_format=facts.format,
         expires_after_seconds=upload.file_expires_after_seconds,
+        **facts._asdict(),
     )
 
 

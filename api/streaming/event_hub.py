@@ -31,7 +31,6 @@ class EventHub:
         self.closing = asyncio.Event()
 
     def start(self) -> None:
-        """Start listening."""
         self._task = asyncio.create_task(self._listen())
 
     async def stop(self) -> None:

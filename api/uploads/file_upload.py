@@ -131,12 +131,9 @@ class _Form:
             id=file_id,
             filename=self._filename,
             purpose=self._fields["purpose"],
-            num_bytes=facts.num_bytes,
-            num_rows=facts.num_rows,
-            sha256=facts.sha256,
             storage_key=storage_key,
-            row_format=facts.format,
             expires_after_seconds=expires_after_seconds,
+            **facts._asdict(),
         )
 
 

@@ -22,12 +22,12 @@ _DISCARD_SECONDS = 5.0
 
 
 class StoredBytes(NamedTuple):
-    """A checked object: `sha256` in 64 hex digits, `format` as in FileFacts."""
+    """A checked object: `sha256` in 64 hex digits, `row_format` as in FileFacts."""
 
     num_rows: int
     num_bytes: int
     sha256: str
-    format: str | None
+    row_format: str | None
 
 
 class _Stage:
@@ -160,7 +160,6 @@ class ObjectWriter:
             return check.finish(path)
 
     async def abort(self) -> None:
-        """Stop the check and delete the object."""
         try:
             if self._check is not None:
                 # Before waiting for the stages: one may be blocked in a thread on the check.

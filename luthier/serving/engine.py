@@ -41,7 +41,6 @@ class EngineBackend:
         self._client = InferenceClient(url, {} if is_local(url) else {HEADER_TOKEN: token})
 
     async def complete(self, path: str, body: bytes, target: ModelTarget) -> Reply:
-        """Send a request and return its answer, of a stream as soon as its headers have come."""
         response = await self._client.post(path, body, target.to_headers() | {HEADER_USAGE: "1"})
         status = response.status_code
         passed = {name: value for name, value in response.headers.items() if name in _PASSED_HEADERS}
@@ -50,7 +49,6 @@ class EngineBackend:
         return Reply(status, passed, events=self._client.pieces(response), aclose=response.aclose)
 
     async def health(self) -> Health:
-        """Ask the server how it is."""
         status, content = await self._client.get(_STATE_PATH)
         if status != 200:
             raise UnavailableError(f"The model server does not return its state: HTTP {status}.")
@@ -67,12 +65,10 @@ class EngineBackend:
             raise UnavailableError("The model server's state has an unknown shape.") from error
 
     async def aclose(self) -> None:
-        """Close all connections."""
         await self._client.aclose()
 
 
 def open_backend(url: str, token: str, settings: Settings | None = None) -> EngineBackend:  # noqa: ARG001
-    """Return a client of the server at a URL."""
     return EngineBackend(url, token)
 
 
@@ -130,7 +126,6 @@ class InferenceClient:
             return await self._client.send(request, stream=True)
 
     async def read(self, response: httpx2.Response) -> bytes:
-        """Return the whole body of an answer."""
         with self._failures(_BROKE_OFF):
             return await response.aread()
 

@@ -91,11 +91,9 @@ class _Server:
             self._sent[name] = now
 
     def end(self) -> None:
-        """Note that a request there has ended."""
         self.num_open -= 1
 
     def update(self, health: Health, now: float) -> None:
-        """Note its word."""
         self._health, self._known_at, self._num_open_then = health, now, self.num_open
         self._num_failures, self._retry_at = 0, 0.0
 
@@ -146,7 +144,6 @@ class ReplicaRouter:
         )
 
     async def health(self) -> Health:
-        """Ask all servers how they are."""
         asked = [server.backend.health() for server in self._servers]
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [answer for answer in answers if isinstance(answer, Health)]
@@ -168,7 +165,6 @@ class ReplicaRouter:
         )
 
     async def aclose(self) -> None:
-        """Close all connections."""
         for server in self._servers:
             if server.looking is not None:
                 server.looking.cancel()

@@ -83,13 +83,11 @@ class VllmBackend:
             raise UnavailableError("vLLM has lost the model twice; try again.") from error
 
     async def health(self) -> Health:
-        """Ask the server how it is."""
         served = await self._list()
         _, content = await self._client.get("/metrics")
         return read_health(served, content)
 
     async def aclose(self) -> None:
-        """Close all connections."""
         await self._adapters.aclose()
         await self._client.aclose()
 
@@ -233,7 +231,6 @@ def _not_loaded(status: int, content: bytes) -> LuthierError:
 
 
 def open_backend(url: str, token: str, settings: Settings | None = None) -> VllmBackend:
-    """Return a client of the server at a URL."""
     if settings is None:
         raise LuthierError("The backend vllm needs settings: it brings artifacts to vLLM's folder.")
     return VllmBackend(url, token, settings)

@@ -29,7 +29,6 @@ class DatabaseCollector(Collector):
         self._database, self._read = database, read
 
     def collect(self) -> Iterable[Metric]:
-        """Read the database."""
         found: list[Metric] | None = None
         try:
             with self._database.transaction() as session:

@@ -234,7 +234,6 @@ def create(
 
 
 def get(session: Session, principal: Principal, job_id: str, *, for_update: bool = False) -> Job:
-    """Return a job of the project."""
     job = find_owned(session, Job, principal.project_id, job_id, for_update=for_update)
     if job is None:
         raise NotFoundError(

@@ -76,12 +76,6 @@ def list_unchecked(
     return session.scalars(fitting.order_by(*by_turns("prepare")).limit(limit)).all()
 
 
-def is_work_waiting(session: Session) -> bool:
-    """Whether a job waits for a worker, to have its files checked or to be trained."""
-    waiting = select(Job.id).where(or_(_is_unchecked(), memory.is_queued())).limit(1)
-    return session.scalar(waiting) is not None
-
-
 def _is_unchecked() -> ColumnElement[bool]:
     # The sweep takes one whose lease has expired.
     return (Job.status == JobStatus.VALIDATING_FILES) & Job.lease_owner.is_(None) & memory.is_due()
@@ -93,12 +87,6 @@ def list_held(session: Session, job_ids: Collection[str]) -> set[tuple[str, int]
     is_held = or_(Job.status.not_in(TERMINAL_STATUSES), Job.lease_expires_at > func.now())
     held = select(Job.id, Job.lease_epoch).where(Job.id.in_(job_ids), Job.lease_owner.is_not(None), is_held)
     return {(job_id, token) for job_id, token in session.execute(held)}
-
-
-def is_at_work(session: Session, worker_id: str) -> bool:
-    """Whether a worker holds a job at the moment."""
-    held = select(Job.id).where(Job.lease_owner == worker_id, Job.lease_expires_at > func.now()).limit(1)
-    return session.scalar(held) is not None
 
 
 def claim_for_preparing(session: Session, job_id: str, worker_id: str, lease_seconds: float) -> Lease | None:
@@ -250,7 +238,6 @@ def wait_again(session: Session, lease: Lease, *, outcome: str, event: NewEvent 
 
 
 def fail(session: Session, lease: Lease, error: LuthierError) -> None:
-    """Fail a job with an error."""
     leave(
         session,
         lease,

@@ -6,6 +6,7 @@ Resolution of a request's name is in services/models/names.py: look_up.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
@@ -32,28 +33,12 @@ class Pointing:
     digest: str | None
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """What an alias can point to: a model or a base, with these weights."""
 
     model_id: str | None
     base_id: str | None
     digest: str
-
-    @classmethod
-    def of_model(cls, model: Model) -> "Target":
-        """Return a model as it is now."""
-        return cls(model.id, None, model.artifact_digest)
-
-    @classmethod
-    def of_base(cls, base: Base) -> "Target":
-        """Return a base as it is now."""
-        return cls(None, base.id, base.digest)
-
-    @classmethod
-    def of_version(cls, version: AliasVersion) -> "Target":
-        """Return what a version pointed to, as it was."""
-        return cls(version.model_id, version.base_id, version.digest)
 
 
 @dataclass(frozen=True)
@@ -144,7 +129,7 @@ def _find_target(session: Session, principal: Principal, catalogue: Catalogue, n
         )
     model = session.scalar(select_locked(principal).where(Model.name == name))
     if model is not None:
-        return Target.of_model(model)
+        return Target(model.id, None, model.artifact_digest)
     base = names.find_base(session, catalogue, name)
     if base is None:
         raise ModelNotAvailableError(
@@ -152,7 +137,7 @@ def _find_target(session: Session, principal: Principal, catalogue: Catalogue, n
             "there are.",
             param="model",
         )
-    return Target.of_base(base)
+    return Target(None, base.id, base.digest)
 
 
 def select_locked(principal: Principal) -> Select[Model]:
@@ -180,6 +165,7 @@ def point(
     alias.model_id, alias.base_id = target.model_id, target.base_id
     alias.version += 1
     alias.updated_at = now
+    # The version's foreign key names it.
     session.flush()
     session.add(
         AliasVersion(
@@ -187,23 +173,23 @@ def point(
             **principal.owner_columns(),
             alias_id=alias.id,
             number=alias.version,
-            model_id=target.model_id,
-            base_id=target.base_id,
-            digest=target.digest,
+            **target._asdict(),
             restored_number=restored_number,
             created_at=now,
         )
     )
-    session.flush()
     return _with_targets(session, [alias])[0]
 
 
 def _points_to(session: Session, alias: Alias | None, target: Target) -> bool:
-    return alias is not None and Target.of_version(get_version(session, alias, alias.version)) == target
+    return alias is not None and _target_of(get_version(session, alias, alias.version)) == target
+
+
+def _target_of(version: AliasVersion) -> Target:
+    return Target(version.model_id, version.base_id, version.digest)
 
 
 def get_version(session: Session, alias: Alias, number: int) -> AliasVersion:
-    """Return an alias's version of that number."""
     version = session.scalar(
         select(AliasVersion).where(AliasVersion.alias_id == alias.id, AliasVersion.number == number)
     )
@@ -233,7 +219,6 @@ def _with_targets(session: Session, aliases: Sequence[Alias]) -> list[Pointing]:
 
 
 def get_row(session: Session, principal: Principal, name: str, *, for_update: bool = False) -> Alias:
-    """Return an alias's row."""
     alias = (
         _find_locked(session, principal, name)
         if for_update
@@ -245,7 +230,6 @@ def get_row(session: Session, principal: Principal, name: str, *, for_update: bo
 
 
 def get(session: Session, principal: Principal, name: str) -> Pointing:
-    """Return an alias of the project."""
     return _with_targets(session, [get_row(session, principal, name)])[0]
 
 
@@ -338,11 +322,11 @@ def _find_again(
     target: Target | None = None
     if version.base_id is not None:
         base = names.find_base(session, catalogue, version.base_id)
-        target = None if base is None else Target.of_base(base)
+        target = None if base is None else Target(None, base.id, base.digest)
     else:
         model = session.scalar(select_locked(principal).where(Model.id == version.model_id))
-        target = None if model is None else Target.of_model(model)
-    if target == Target.of_version(version):
+        target = None if model is None else Target(model.id, None, model.artifact_digest)
+    if target == _target_of(version):
         return target
     why = "is deleted, or this project's to call no more" if target is None else "has other weights since"
     raise ModelNotAvailableError(

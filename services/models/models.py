@@ -202,7 +202,6 @@ def delete(session: Session, principal: Principal, catalogue: Catalogue, name: s
 
 
 def get_name(session: Session, model_id: str) -> str:
-    """Return a model's public name."""
     return session.get_one(Model, model_id).name
 
 

@@ -87,7 +87,6 @@ def create(
 def get(
     session: Session, principal: Principal, endpoint_id: str, *, for_update: bool = False
 ) -> WebhookEndpoint:
-    """Return an endpoint of the project."""
     endpoint = find_owned(session, WebhookEndpoint, principal.project_id, endpoint_id, for_update=for_update)
     if endpoint is None:
         raise NotFoundError(f"No such webhook endpoint: {endpoint_id[:64]}", param="webhook_endpoint_id")
