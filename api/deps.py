@@ -41,16 +41,6 @@ _NUM_PROJECT_CHECKS = 2
 _NUM_CHECKS = min(16, max(8, 2 * (os.cpu_count() or 1)))
 
 
-def _estimates() -> LongWork:
-    projects = ProjectLimiter(1, what="estimates being made")
-    return LongWork(_NUM_ESTIMATES, projects, busy="Other estimates are being made; try again.")
-
-
-def _reports() -> LongWork:
-    projects = ProjectLimiter(1, 64, what="reports on files being made")
-    return LongWork(_NUM_REPORTS, projects, busy="Other files are being reported on; try again.")
-
-
 @dataclass
 class AppState:
     """The state of one API process, created at start and passed to every route.
@@ -76,8 +66,20 @@ class AppState:
         )
     )
     bodies: BodyBudget = field(default_factory=BodyBudget)
-    estimates: LongWork = field(default_factory=_estimates)
-    reports: LongWork = field(default_factory=_reports)
+    estimates: LongWork = field(
+        default_factory=lambda: LongWork(
+            _NUM_ESTIMATES,
+            ProjectLimiter(1, what="estimates being made"),
+            busy="Other estimates are being made; try again.",
+        )
+    )
+    reports: LongWork = field(
+        default_factory=lambda: LongWork(
+            _NUM_REPORTS,
+            ProjectLimiter(1, 64, what="reports on files being made"),
+            busy="Other files are being reported on; try again.",
+        )
+    )
     database_requests: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_DATABASE_REQUESTS)
     )

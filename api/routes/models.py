@@ -90,7 +90,7 @@ async def pin_model(model: str, state: AppStateDep, principal: DetachedPrincipal
     health = await state.backend.health()
 
     def pin(session: Session) -> ModelObject:
-        found = models.pin(session, principal, state.catalogue, model)
+        found = models.set_pinned(session, principal, state.catalogue, model, is_pinned=True)
         limits.check_pinned_bytes(session, found, health.room_bytes, state.settings.max_pinned_share)
         return ModelObject.of_model(found, principal.organization_slug)
 
@@ -100,7 +100,7 @@ async def pin_model(model: str, state: AppStateDep, principal: DetachedPrincipal
 @router.delete("/{model}/pin")
 def unpin_model(model: str, session: SessionDep, principal: PrincipalDep, state: AppStateDep) -> ModelObject:
     """Let a tuned model leave the memory again when others need its room."""
-    found = models.unpin(session, principal, state.catalogue, model)
+    found = models.set_pinned(session, principal, state.catalogue, model, is_pinned=False)
     return ModelObject.of_model(found, principal.organization_slug)
 
 

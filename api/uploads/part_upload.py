@@ -6,6 +6,7 @@ from fastapi import Request
 
 from api.uploads.multipart import FieldPart, FileBegin, FileBytes, read_form
 from api.uploads.object_writer import ObjectWriter, StoredBytes, receiving, writing
+from db.tables import UploadPart
 from luthier.core.errors import (
     InvalidFileFormatError,
     InvalidRequestError,
@@ -68,7 +69,12 @@ async def receive_part(request: Request, storage: Storage, *, part_id: str, stor
 
 
 async def assemble(
-    storage: Storage, parts: Sequence[StoredPart], *, check: UploadCheck, md5: str | None, storage_key: str
+    storage: Storage,
+    parts: Sequence[StoredPart | UploadPart],
+    *,
+    check: UploadCheck,
+    md5: str | None,
+    storage_key: str,
 ) -> StoredBytes:
     """Join parts into one object, checked while they stream by; when that fails, nothing is stored.
 

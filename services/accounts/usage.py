@@ -87,10 +87,7 @@ def record(session: Session, counts: Mapping[UsageOwner, TokenCounts]) -> None:
             "quantity": used.input_tokens + used.output_tokens,
             "unit": "tokens",
             "model": owner.model,
-            "num_requests": used.num_requests,
-            "input_tokens": used.input_tokens,
-            "input_cached_tokens": used.input_cached_tokens,
-            "output_tokens": used.output_tokens,
+            **vars(used),
         }
         for owner, used in counts.items()
     ]

@@ -108,7 +108,7 @@ def delete(session: Session, principal: Principal, file_id: str) -> File:
     return row
 
 
-def _reads_one_of(file_ids: Collection[str]) -> tuple[ColumnElement[bool], ...]:
+def _reads_one_of(file_ids: Sequence[Any]) -> tuple[ColumnElement[bool], ...]:
     """Return what is true of the jobs that are not at their end and read one of the files."""
     return (
         or_(Job.training_file_id.in_(file_ids), Job.validation_file_id.in_(file_ids)),
@@ -125,14 +125,7 @@ def _mark_deleted(session: Session, row: File) -> None:
 
 def delete_expired(session: Session, *, limit: int) -> list[str]:
     """Delete files that have expired, as their users would; one that an unfinished job reads waits for it."""
-    is_read = (
-        select(Job.id)
-        .where(
-            or_(Job.training_file_id == File.id, Job.validation_file_id == File.id),
-            Job.status.not_in(TERMINAL_STATUSES),
-        )
-        .exists()
-    )
+    is_read = select(Job.id).where(*_reads_one_of([File.id])).exists()
     expired = session.scalars(
         select(File)
         .where(File.expires_at <= func.now(), File.deleted_at.is_(None), ~is_read)

@@ -161,7 +161,7 @@ class Assembly:
     """The parts that a complete assembles; none when the same complete was done before."""
 
     upload: Upload
-    parts: tuple[StoredPart, ...]
+    parts: tuple[UploadPart, ...]
     is_done: bool
     file: File | None
 
@@ -185,10 +185,8 @@ def start_completing(
     if row.status == UploadStatus.COMPLETED.value and _is_same_complete(row, part_ids, md5):
         return Assembly(row, (), is_done=True, file=find_file(session, row))
     row = get_open(session, principal, upload_id)
-    found = {
-        part.id: StoredPart(part.id, part.num_bytes, part.storage_key)
-        for part in session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
-    }
+    parts = session.scalars(select(UploadPart).where(UploadPart.upload_id == upload_id))
+    found = {part.id: part for part in parts}
     _check_parts(row, part_ids, found)
     row.busy_until = func.now() + _MAX_COMPLETING
     return Assembly(row, tuple(found[part_id] for part_id in part_ids), is_done=False, file=None)
@@ -198,7 +196,7 @@ def _is_same_complete(row: Upload, part_ids: Sequence[str], md5: str | None) -> 
     return row.part_ids == list(part_ids) and md5 in (None, row.md5)
 
 
-def _check_parts(row: Upload, part_ids: Sequence[str], found: dict[str, StoredPart]) -> None:
+def _check_parts(row: Upload, part_ids: Sequence[str], found: dict[str, UploadPart]) -> None:
     for place, part_id in enumerate(part_ids):
         if part_id not in found:
             raise InvalidValueError(

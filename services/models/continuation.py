@@ -129,46 +129,34 @@ def list_artifacts(session: Session, spec: TrainingSpec) -> dict[str, StoredArti
 
 def check_unneeded(session: Session, model: Model) -> None:
     """Refuse to delete a model that others continue, or that an alias of its project points to."""
-    aliases = session.scalars(
+    aliases = (
         select(Alias.name)
         .where(Alias.model_id == model.id, Alias.project_id == model.project_id, Alias.deleted_at.is_(None))
         .order_by(Alias.name)
-    ).all()
-    if aliases:
-        raise ModelInUseError(
-            f"{model.name} can't be deleted: aliases point to it: {_shown(aliases)}. Point them elsewhere, "
-            "or delete them, first.",
-            param="model",
-        )
-    jobs = session.scalars(
+    )
+    jobs = (
         select(Job.id)
         .where(Job.parent_model_id == model.id, Job.status.not_in(TERMINAL_STATUSES))
         .order_by(Job.created_at, Job.id)
-    ).all()
-    if jobs:
-        raise ModelInUseError(
-            f"{model.name} can't be deleted: {_named(jobs)} started from it and not ended yet. Cancel, or "
-            "wait for the end.",
-            param="model",
-        )
-    names = session.scalars(
+    )
+    heirs = (
         select(Model.name)
         .where(
             or_(Model.parent_model_id == model.id, Model.full_model_id == model.id),
             Model.deleted_at.is_(None),
         )
         .order_by(Model.created_at, Model.id)
-    ).all()
-    if names:
-        raise ModelInUseError(
-            f"{model.name} can't be deleted: {_named(names)} been tuned from it. Delete those first.",
-            param="model",
-        )
-
-
-def _named(names: Sequence[str]) -> str:
-    """Return the first names, how many more there are, and the verb for them."""
-    return f"{_shown(names)} {'has' if len(names) == 1 else 'have'}"
+    )
+    for statement, why in (
+        (aliases, "aliases point to it: {shown}. Point them elsewhere, or delete them, first."),
+        (jobs, "{shown} {has} started from it and not ended yet. Cancel, or wait for the end."),
+        (heirs, "{shown} {has} been tuned from it. Delete those first."),
+    ):
+        names = session.scalars(statement).all()
+        if names:
+            shown, has = _shown(names), "has" if len(names) == 1 else "have"
+            reason = why.format(shown=shown, has=has)
+            raise ModelInUseError(f"{model.name} can't be deleted: {reason}", param="model")
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -69,19 +69,10 @@ def get_own(session: Session, principal: Principal, catalogue: Catalogue, name: 
     return model
 
 
-def pin(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
-    """Let inference servers keep the project's own model in memory from its next request on."""
-    return _set_pinned(session, principal, catalogue, name, is_pinned=True)
-
-
-def unpin(session: Session, principal: Principal, catalogue: Catalogue, name: str) -> Model:
-    """Let the project's own model leave memory when others need its room; raises as `pin` does."""
-    return _set_pinned(session, principal, catalogue, name, is_pinned=False)
-
-
-def _set_pinned(
+def set_pinned(
     session: Session, principal: Principal, catalogue: Catalogue, name: str, *, is_pinned: bool
 ) -> Model:
+    """Have inference servers keep the project's own model in memory from its next request on, or not."""
     found = get_own(session, principal, catalogue, name)
     model = session.get_one(Model, found.id, with_for_update=True, populate_existing=True)
     if (model.pinned_at is not None) is not is_pinned:

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from sqlalchemy import select
 
-from api import alias_check
+from api.routes import aliases as alias_routes
 from db.tables import Model
 from luthier.core.inference import ModelTarget
 from luthier.serving.base import Reply
@@ -124,7 +124,7 @@ def test_a_server_that_is_silent_holds_an_alias_up_for_a_while_and_no_longer(
         raise AssertionError("nobody waits so long")
 
     monkeypatch.setattr(api.backend, "complete", say_nothing)
-    monkeypatch.setattr(alias_check, "_SECONDS", 0.05)
+    monkeypatch.setattr(alias_routes, "_SECONDS", 0.05)
     pointed = ours.put("prod", V2)
     assert (pointed["model"], pointed["proved"]) == (V2, False)
 
