@@ -8,7 +8,10 @@ machine, so it belongs on an internal network.
 import asyncio
 import json
 import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +25,6 @@ from luthier.core.errors import (
 from luthier.core.inference import HEADER_DIGEST, HEADER_USAGE, ModelTarget
 from luthier.core.settings import Settings
 from luthier.serving import _vllm_proof
-from luthier.serving._vllm_adapters import Adapters, Release
 from luthier.serving._vllm_artifacts import Artifacts
 from luthier.serving._vllm_wire import (
     COMPLETIONS,
@@ -38,6 +40,10 @@ from luthier.serving.base import Health, Reply
 from luthier.serving.engine import InferenceClient
 
 _KNOWN_SECONDS = 10.0
+# A copy that is used for longer is marked again, so that it does not look unused.
+_RENEW_SECONDS = 3600.0
+
+_Release = Callable[[], None]
 
 
 class _Missing(Exception):  # noqa: N818 - no error: the adapter is loaded again
@@ -57,7 +63,7 @@ class VllmBackend:
         self._settings = settings
         self._client = InferenceClient(url, {"authorization": f"Bearer {token}"} if token else {})
         self._artifacts = Artifacts(settings)
-        self._adapters = Adapters(self, max_loaded=settings.vllm_max_adapters)
+        self._adapters = _Adapters(self, max_loaded=settings.vllm_max_adapters)
         self._known = Served(frozenset(), frozenset())
         self._known_at = -_KNOWN_SECONDS
 
@@ -110,7 +116,7 @@ class VllmBackend:
                 self._adapters.forget(name)
             raise
 
-    async def _hold(self, target: ModelTarget) -> tuple[str, Release]:
+    async def _hold(self, target: ModelTarget) -> tuple[str, _Release]:
         """Return the name by which vLLM answers for a model, an adapter loaded, and what releases it."""
         served = await self._list_lately()
         beneath = (
@@ -155,7 +161,7 @@ class VllmBackend:
             )
         return content
 
-    async def _send(self, path: str, asked: dict[str, Any], target: ModelTarget, release: Release) -> Reply:
+    async def _send(self, path: str, asked: dict[str, Any], target: ModelTarget, release: _Release) -> Reply:
         if asked.get("max_tokens") == 0:
             raise UnsupportedValueError(
                 "max_tokens must be at least 1: vLLM gives no answer without a token.", param="max_tokens"
@@ -208,6 +214,101 @@ class VllmBackend:
             f"--served-model-name {name[:80]}` and adds its URL to LUTHIER_INFERENCE_URL.",
             param="model",
         )
+
+
+@dataclass(eq=False)
+class _LoadedAdapter:
+    """An adapter that is loaded, or on its way."""
+
+    loading: asyncio.Task[None]
+    loaded_at: float
+    num_holders: int = 0
+    is_pinned: bool = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it may leave."""
+        return self.num_holders == 0 and self.loading.done() and not self.is_pinned
+
+    def release(self) -> None:
+        self.num_holders -= 1
+
+
+class _Adapters:
+    """The adapters that one server holds: loaded when first wanted, unloaded when unused for longest.
+
+    vLLM never unloads an adapter by itself, so the budget is kept here. Other API processes may load and
+    unload at the same server: what they loaded counts, and what they unloaded is loaded again.
+
+    Args:
+        max_loaded: adapters that may be loaded; more only while all of them answer.
+    """
+
+    def __init__(self, server: "VllmBackend", *, max_loaded: int) -> None:
+        self._server = server
+        self._max_loaded = max_loaded
+        # The one unused for longest first.
+        self._entries: OrderedDict[str, _LoadedAdapter] = OrderedDict()
+        self._turn = asyncio.Lock()
+
+    async def hold(
+        self, name: str, load: Callable[[], Awaitable[None]], *, is_pinned: bool = False
+    ) -> _Release:
+        """Make sure that an adapter is loaded, where it stays until it is released.
+
+        Args:
+            load: loads it; may be called when it is loaded already.
+            is_pinned: whether it stays while idle.
+        """
+        entry = self._entries.get(name)
+        if entry is None or time.monotonic() - entry.loaded_at > _RENEW_SECONDS:
+            entry = self._enter(name, load)
+        self._entries.move_to_end(name)
+        entry.num_holders += 1
+        entry.is_pinned = is_pinned
+        try:
+            await asyncio.shield(entry.loading)
+        except BaseException:
+            entry.release()
+            raise
+        return entry.release
+
+    def forget(self, name: str) -> None:
+        self._entries.pop(name, None)
+
+    async def aclose(self) -> None:
+        """Stop what is being loaded."""
+        for entry in self._entries.values():
+            entry.loading.cancel()
+
+    def _enter(self, name: str, load: Callable[[], Awaitable[None]]) -> _LoadedAdapter:
+        loading = asyncio.ensure_future(self._load(name, load))
+        entry = self._entries[name] = _LoadedAdapter(loading, time.monotonic())
+
+        def on_loaded(_loading: asyncio.Task[None]) -> None:
+            has_failed = loading.cancelled() or loading.exception() is not None
+            if has_failed and self._entries.get(name) is entry:
+                self.forget(name)
+
+        loading.add_done_callback(on_loaded)
+        return entry
+
+    async def _load(self, name: str, load: Callable[[], Awaitable[None]]) -> None:
+        async with self._turn:
+            await self._make_room(name)
+            await load()
+
+    async def _make_room(self, name: str) -> None:
+        loaded = set(await self._server.list_adapters()) - {name}
+        while len(loaded) >= self._max_loaded:
+            idle = [one for one, entry in self._entries.items() if one in loaded and entry.is_idle]
+            # Then what other API processes loaded, whose use is unknown here.
+            idle += sorted(loaded - self._entries.keys())
+            if not idle:
+                return
+            self.forget(idle[0])
+            loaded.discard(idle[0])
+            await self._server.unload(idle[0])
 
 
 def _nothing() -> None:
