@@ -24,7 +24,6 @@ from luthier.webhooks.events import EVENT_TYPES, Message, payload
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
 from services.webhooks import endpoints
-from services.webhooks.endpoints import EndpointChange
 
 router = APIRouter(prefix="/v1", tags=["webhooks"])
 
@@ -51,15 +50,7 @@ def create_endpoint(
     body: CreateEndpointBody, session: SessionDep, principal: PrincipalDep, state: AppStateDep
 ) -> EndpointObject:
     """Register a receiver; its signing secret is in this answer and nowhere else."""
-    endpoint, secret = endpoints.create(
-        session,
-        principal,
-        _rules(state),
-        state.sealer,
-        name=body.name,
-        url=body.url,
-        event_types=body.event_types,
-    )
+    endpoint, secret = endpoints.create(session, principal, _rules(state), state.sealer, **body.model_dump())
     return EndpointObject.of(endpoint, signing_secret=secret)
 
 
@@ -89,8 +80,8 @@ def change_endpoint(
     state: AppStateDep,
 ) -> EndpointObject:
     """Change an endpoint's name, URL or types."""
-    wanted = EndpointChange(body.name, body.url, body.event_types)
-    return EndpointObject.of(endpoints.change(session, principal, _rules(state), webhook_endpoint_id, wanted))
+    values = body.model_dump(exclude_none=True)
+    return EndpointObject.of(endpoints.change(session, principal, _rules(state), webhook_endpoint_id, values))
 
 
 @router.delete("/webhook_endpoints/{webhook_endpoint_id}")

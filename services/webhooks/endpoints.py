@@ -1,8 +1,8 @@
 """Webhook endpoints: a project's receivers of events. Deliveries: deliveries.py."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 import structlog
 from sqlalchemy import func, or_, select, update
@@ -23,15 +23,6 @@ _log = structlog.get_logger()
 # An end of a job writes a delivery for each: a bound on what one request may set off.
 MAX_ENDPOINTS = 50
 _OLD_SECRET_LIFE = timedelta(hours=24)
-
-
-@dataclass(frozen=True)
-class EndpointChange:
-    """What a client says of an endpoint; None leaves a member as it is."""
-
-    name: str | None = None
-    url: str | None = None
-    event_types: Sequence[str] | None = None
 
 
 def _check_event_types(event_types: Sequence[str]) -> list[str]:
@@ -102,23 +93,18 @@ def list_(
 
 
 def change(
-    session: Session, principal: Principal, rules: TargetRules, endpoint_id: str, wanted: EndpointChange
+    session: Session, principal: Principal, rules: TargetRules, endpoint_id: str, values: dict[str, Any]
 ) -> WebhookEndpoint:
-    """Change an endpoint; pending deliveries go to its new URL."""
+    """Change `name`, `url` or `event_types` of an endpoint; pending deliveries go to its new URL."""
     endpoint = get(session, principal, endpoint_id, for_update=True)
-    values: dict[str, object] = {}
-    if wanted.name is not None:
-        values["name"] = wanted.name
-    if wanted.url is not None:
-        check_url(wanted.url, rules)
-        values["url"] = wanted.url
-    if wanted.event_types is not None:
-        values["event_types"] = _check_event_types(wanted.event_types)
+    if "url" in values:
+        check_url(values["url"], rules)
+    if "event_types" in values:
+        values["event_types"] = _check_event_types(values["event_types"])
     # A change that changes nothing is none: `updated_at` stays.
     if any(getattr(endpoint, name) != value for name, value in values.items()):
-        for name, value in values.items():
+        for name, value in (values | {"updated_at": func.now()}).items():
             setattr(endpoint, name, value)
-        endpoint.updated_at = func.now()
         session.flush()
     return endpoint
 
