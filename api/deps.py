@@ -159,30 +159,24 @@ def get_principal(request: Request, session: SessionDep) -> Principal:
 PrincipalDep = Annotated[Principal, Depends(get_principal)]
 
 
-async def get_detached_principal(request: Request, state: AppStateDep) -> Principal:
-    """Authenticate in a short transaction that ends before the route begins: for routes that move bytes."""
-    request.state.principal = await run_in_threadpool(_authenticate, state, bearer_key(request))
-    return cast(Principal, request.state.principal)
-
-
-DetachedPrincipalDep = Annotated[Principal, Depends(get_detached_principal)]
-
-
-async def authenticate(request: Request, state: AppState) -> Principal:
-    """Authenticate outside of routes, within `look_up`'s limits.
+async def authenticate(request: Request, state: AppStateDep) -> Principal:
+    """Authenticate in a short transaction, within `look_up`'s limits: for routes that move bytes.
 
     Raises:
         UnauthenticatedError: when the key is missing, malformed, unknown or revoked.
         UnavailableError: when the database can't be reached, or does not answer in time.
     """
     key = bearer_key(request)
-    request.state.principal = await look_up(state, lambda: _authenticate(state, key))
+
+    def read() -> Principal:
+        with state.database.transaction() as session:
+            return keys.authenticate(session, key)
+
+    request.state.principal = await look_up(state, read)
     return cast(Principal, request.state.principal)
 
 
-def _authenticate(state: AppState, key: str) -> Principal:
-    with state.database.transaction() as session:
-        return keys.authenticate(session, key)
+DetachedPrincipalDep = Annotated[Principal, Depends(authenticate)]
 
 
 async def look_up(state: AppState, read: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 from starlette.concurrency import run_in_threadpool
 
-from api.deps import AppStateDep, bearer_key, get_detached_principal
+from api.deps import AppStateDep, authenticate, bearer_key
 from luthier.core.errors import PermissionDeniedError
 
 router = APIRouter(tags=["health"])
@@ -21,7 +21,7 @@ async def check_metrics_reader(request: Request, state: AppStateDep) -> None:
     token = state.settings.metrics_token.get_secret_value()
     if token and hmac.compare_digest(bearer_key(request).encode(), token.encode()):
         return
-    if not (await get_detached_principal(request, state)).is_admin:
+    if not (await authenticate(request, state)).is_admin:
         raise PermissionDeniedError("This key can't read metrics; use an admin key or LUTHIER_METRICS_TOKEN.")
 
 

@@ -7,7 +7,7 @@ import httpx2
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import RouteContext, iter_route_contexts
 
-from api.deps import get_detached_principal, get_principal
+from api.deps import authenticate, get_principal
 from api.main import create_app
 from tests.conftest import Api
 
@@ -32,7 +32,7 @@ def _routes(api: Api) -> list[RouteContext]:
 def test_every_route_depends_on_a_guard_but_the_named_ones(api: Api) -> None:
     for route in _routes(api):
         if route.path not in _OPEN | _OWN_GUARD:
-            assert {get_principal, get_detached_principal} & set(_calls(route.dependant)), route.path
+            assert {get_principal, authenticate} & set(_calls(route.dependant)), route.path
 
 
 def test_every_path_without_a_key_is_401_but_the_open_ones(api: Api) -> None:
