@@ -172,7 +172,9 @@ def test_a_checkpoint_that_an_alias_points_to_makes_no_room_for_newer_ones(
     with transaction() as session:
         for row in session.scalars(select(Model)).all():
             job_id, of_model = row.job_id, {"model_id": row.id, "step_number": 10 - row.step, "metrics": {}}
-            session.add(Checkpoint(id=new_id("checkpoint"), **scope.columns(), job_id=job_id, **of_model))
+            session.add(
+                Checkpoint(id=new_id("checkpoint"), **scope.owner_columns(), job_id=job_id, **of_model)
+            )
     with transaction() as session:
         assert models.retire_checkpoints(session, job_id, keep=1, spared_step=None) == ["k1"]
     assert _asked(api, ours, "prod") == ("prod", DIGESTS[CHECKPOINT])
