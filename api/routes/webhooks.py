@@ -1,5 +1,6 @@
 """Webhook endpoints: receivers of the ends of jobs, and a test of each."""
 
+import time
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -19,7 +20,6 @@ from api.schemas.webhooks import (
 )
 from luthier.core.errors import WebhookUnreachableError
 from luthier.core.ids import new_id
-from luthier.core.runtime import now_seconds
 from luthier.webhooks.events import EVENT_TYPES, Message, payload
 from luthier.webhooks.sending import send
 from luthier.webhooks.targets import TargetRules
@@ -117,7 +117,7 @@ async def test_endpoint(
         endpoint = endpoints.get(session, principal, webhook_endpoint_id)
         endpoints.check_event_type(body.event_type, param="event_type")
         event = payload(
-            new_id("webhook_event"), body.event_type, created_at=now_seconds(), job_id=_SAMPLE_JOB
+            new_id("webhook_event"), body.event_type, created_at=int(time.time()), job_id=_SAMPLE_JOB
         )
         secrets = endpoints.active_secrets(endpoint, state.sealer, datetime.now(UTC))
         return Message(new_id("webhook_delivery"), endpoint.url, event, secrets)

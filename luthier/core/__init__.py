@@ -1,1 +1,1 @@
-"""What every part may know: settings, errors, ids, clock, states, specs, events."""
+"""What every part may know: settings, errors, ids, states, specs, events."""

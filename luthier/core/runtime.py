@@ -1,4 +1,4 @@
-"""The running process: the clock, garbage collection, the C allocator, and a process's tie to its parent.
+"""The running process: garbage collection, the C allocator, and a process's tie to its parent.
 
 `python -m luthier.core.runtime PARENT_PID COMMAND…` ties a command to its parent and then becomes it (Linux
 prctl(2), PR_SET_PDEATHSIG): a process that has threads may run no Python between fork and exec.
@@ -9,13 +9,7 @@ import gc
 import os
 import signal
 import sys
-import time
 from typing import Any
-
-
-def now_seconds() -> int:
-    """Return the current time as whole Unix seconds, the unit of every timestamp on the wire."""
-    return int(time.time())
 
 
 def freeze_garbage() -> None:

@@ -7,6 +7,7 @@ import asyncio
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from functools import cache
@@ -14,7 +15,6 @@ from functools import cache
 import httpx2
 
 from luthier.core.errors import InvalidValueError
-from luthier.core.runtime import now_seconds
 from luthier.webhooks.events import Message, Outcome
 from luthier.webhooks.signing import signed_headers
 from luthier.webhooks.targets import TargetRules, check_url, host_of, permitted_addresses
@@ -118,7 +118,7 @@ async def _send(
         "content-type": "application/json",
         "user-agent": "Luthier-Webhooks/1.0",
         **signed_headers(
-            message.secrets, webhook_id=message.webhook_id, timestamp=now_seconds(), body=message.body
+            message.secrets, webhook_id=message.webhook_id, timestamp=int(time.time()), body=message.body
         ),
     }
     async with httpx2.AsyncClient(
