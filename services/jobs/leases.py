@@ -149,6 +149,7 @@ def _take(session: Session, job: Job, worker_id: str, lease_seconds: float) -> L
     job.lease_owner = worker_id
     job.lease_epoch += 1
     job.lease_expires_at = func.now() + timedelta(seconds=lease_seconds)
+    session.flush()
     attempts.record(session, job, worker_id)
     return Lease(job.id, job.lease_epoch, worker_id)
 
