@@ -14,7 +14,7 @@ class Principal:
     is_admin: bool = False
 
     def owner_columns(self) -> dict[str, str | None]:
-        """Return the columns of a new row that say to whom it belongs."""
+        """Return the columns of a new row that name its owner."""
         return {
             "organization_id": self.organization_id,
             "project_id": self.project_id,

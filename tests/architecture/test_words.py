@@ -30,7 +30,8 @@ _QUOTED_NAME = re.compile(r"`[^`\n]*`")
 _VECTOR_CODE = ("luthier_cpu/", "luthier/modeling/kernels/", "tests/luthier_cpu/")
 # How many are left in packages; numbers only shrink. One that is not listed counts against the sum.
 _COUNTS = {
-    "tests": 83,
+    # The user `nobody`, and the words of the test of this list.
+    "tests": 4,
 }
 
 
