@@ -385,7 +385,8 @@ def serve_api(settings: Settings, database: Database) -> Iterator[Api]:
         wait_until(lambda: server.started, what="the API serves")
         port = server.servers[0].sockets[0].getsockname()[1]
         key, base_url = settings.bootstrap_api_key.get_secret_value(), f"http://127.0.0.1:{port}"
-        with httpx2.Client(base_url=base_url) as http:
+        # A connection that was idle as long as the server keeps it may close under a request.
+        with httpx2.Client(base_url=base_url, limits=httpx2.Limits(keepalive_expiry=1.0)) as http:
             yield Api(http, key, base_url=base_url, state=state, backend=backend, notified=notified)
     finally:
         server.should_exit = True

@@ -113,8 +113,8 @@ def _wait_for_imports(fork_server: ForkServer) -> int:
 
 
 def _waits_for_message(pid: int) -> bool:
-    """Whether the process is in recvmsg: proc(5), /proc/PID/syscall; call 47 on x86-64, 212 on Arm."""
-    return Path(f"/proc/{pid}/syscall").read_text().split()[0] in ("47", "212")
+    """Whether the process is in poll: proc(5), /proc/PID/syscall; call 7 on x86-64, ppoll, 73, on Arm."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] in ("7", "73")
 
 
 def _status_bytes(pid: int, field: str) -> int:

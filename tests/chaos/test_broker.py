@@ -42,7 +42,7 @@ def broker() -> Iterator[Broker]:
     spec = server.spec()
     process = spawn(spec.command, environment=spec.environment, log_path=folder / "log")
     try:
-        wait_until(server.is_ready, what="Valkey answers")
+        wait_until(spec.is_ready, what="Valkey answers")
         yield Broker(server.url(), process, redis.Redis(unix_socket_path=str(server.socket_path)))
     finally:
         process.kill()

@@ -1,7 +1,7 @@
 """The cache of adapters and full models in memory: loaded on first use, evicted when idle.
 
 Runs on the event loop; loading.py loads and removes them. Adapters and full models have a budget of bytes
-each; together they stay below the limit of the process (memory.py).
+each; together they stay below the limit of the process (memory_limit.py).
 """
 
 import asyncio
