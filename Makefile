@@ -60,7 +60,7 @@ demo: ## Set up, train the bundled data on the small base, and compare it with t
 	@$(MAKE) --no-print-directory setup
 	@$(BIN)/python -m examples.demo
 
-test: setup ## Run the tests (about 15 minutes on two cores, after set-up).
+test: setup ## Run the tests (15 to 18 minutes on two cores, after set-up).
 	@# Two processes of one thread each: threads that wait for one another on shared cores cost minutes.
 	@# Hundreds of Python processes start, and each compiles all modules where bytecode is not kept.
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not full and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -1,8 +1,8 @@
 """What this process may hold of its device's memory, and what of that it lends to jobs.
 
 Unused pages of keys and values make room for what is loaded, and are lent; then idle artifacts and
-bases leave (adapter_cache.py); what answers need, never. Runs on the event loop; blocks are touched on the engine's
-thread alone.
+bases leave (adapter_cache.py); what answers need, never. Runs on the event loop; blocks are touched on the
+engine's thread alone.
 """
 
 import asyncio
